@@ -1,0 +1,42 @@
+"""Small helpers for the chapters: glued numbers, the plot style, stored results.
+
+Nothing here computes anything; a chapter works without it, only less prettily.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from ntkft.errors import InputError
+from ntkft.experiments.result import RESULTS, Result
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: safe for all eyes
+
+
+def use_style() -> None:
+    """Use the book's plot style: white ground (legible on light and dark pages), colours safe for all eyes."""
+    import matplotlib.pyplot as plt
+
+    plt.style.use(str(files("ntkft") / "book.mplstyle"))
+
+
+def glue(name: str, value: Any) -> None:
+    """Make a number available to the prose under `name`; does nothing where MyST-NB is not installed (Colab)."""
+    try:
+        from myst_nb import glue as myst_glue
+    except ImportError:
+        return
+    myst_glue(name, value, display=False)
+
+
+def stored(chapter: str) -> Result:
+    """Return the stored full-tier result of a chapter, and print a warning on the page if its code has changed since."""
+    try:
+        result = Result.load(RESULTS / chapter, "full")
+    except InputError as error:
+        raise InputError(f"{error} Stored results come with the repository, not with the package: clone it.") from None
+    if result.stale:
+        print(f"Note: the code behind this stored result has changed since {result.manifest['date']}; rerun it with "
+              f"`ntkft run {chapter} --tier full`.")
+    return result

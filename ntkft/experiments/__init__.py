@@ -1,0 +1,45 @@
+"""One module per chapter, with the chapter's name: ``run(tier, seed) -> Result``.
+
+The quick tier runs live in the book; the full tier is run by hand (``ntkft run CHAPTER --tier full``) and
+stores its outcome in ``results/CHAPTER/``.
+
+Example
+-------
+>>> import ntkft
+>>> result = ntkft.experiments.run("kernel_descent", tier="quick")
+>>> result.chapter, result.tier
+('kernel_descent', 'quick')
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+
+from ntkft.errors import InputError
+from ntkft.experiments.result import RESULTS, Result
+from ntkft.provenance import manifest
+
+CHAPTERS = ("few_epochs", "kernel_descent", "stopping_rule")
+TIERS = ("quick", "full")
+
+__all__ = ["CHAPTERS", "RESULTS", "TIERS", "Result", "run"]
+
+
+def run(chapter: str, tier: str = "quick", seed: int = 0) -> Result:
+    """Run a chapter's experiment and return its `Result`, with a manifest.
+
+    Raises
+    ------
+    InputError
+        If there is no such chapter or tier.
+    """
+    if chapter not in CHAPTERS:
+        raise InputError(f"There is no chapter {chapter!r}: choose one of {', '.join(CHAPTERS)}.")
+    if tier not in TIERS:
+        raise InputError(f"There is no tier {tier!r}: choose quick or full.")
+    name = f"ntkft.experiments.{chapter}"
+    started = time.perf_counter()
+    values, arrays = importlib.import_module(name).run(tier, seed=seed)
+    about = manifest(name, seed=seed, seconds=time.perf_counter() - started)
+    return Result(chapter, tier, values, arrays, about)

@@ -1,0 +1,185 @@
+"""The kernel as a portable artifact: a matrix, the scores it belongs to, and where both come from.
+
+A `Kernel` file is a plain ``.npz`` without pickled objects. It holds no texts, only their hashes: who has
+the corpus can match them, who has not can still do everything spectral.
+
+Example
+-------
+>>> import numpy as np
+>>> kernel = Kernel(np.array([[2.0, 1.0], [1.0, 2.0]]), scores=np.zeros(2))
+>>> kernel.spectrum().eigenvalues          # of K/n
+array([1.5, 0.5])
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntkft.errors import InputError
+from ntkft.files import atomic_path, sha256_text
+
+if TYPE_CHECKING:
+    from ntkft.spectrum import Spectrum
+
+FORMAT = "ntkft-kernel-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """The matrix of k(x_i, x'_j), with the scores f0(x_i) of the same read-out at the same weights.
+
+    Parameters
+    ----------
+    matrix : (n, m) float64
+        Unnormalised inner products of gradients; (n, n) and symmetric when both text lists are the same.
+    scores : (n,) float64
+        f0 at the row texts.
+    other_scores : (m,) float64 or None
+        f0 at the column texts; None for a square kernel.
+    info : dict
+        Model, read-out, parameters, seconds, versions and hashes of code and data.
+    texts, other_texts : tuple of str
+        SHA-256 of each text, not the text.
+
+    Raises
+    ------
+    InputError
+        If shapes do not match or the matrix has entries that are not finite.
+    """
+
+    matrix: np.ndarray
+    scores: np.ndarray
+    other_scores: np.ndarray | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    other_texts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        matrix = np.asarray(self.matrix, dtype=np.float64)
+        scores = np.asarray(self.scores, dtype=np.float64)
+        object.__setattr__(self, "matrix", matrix)
+        object.__setattr__(self, "scores", scores)
+        if matrix.ndim != 2 or scores.shape != (matrix.shape[0],):
+            raise InputError(
+                f"The kernel matrix has shape {matrix.shape} and the scores have shape {scores.shape}: "
+                "rows and scores must be as many."
+            )
+        if self.other_scores is None and matrix.shape[0] != matrix.shape[1]:
+            raise InputError(f"A {matrix.shape} kernel is rectangular and other_scores is None: pass f0 of the columns.")
+        if self.other_scores is not None and len(self.other_scores) != matrix.shape[1]:
+            raise InputError(
+                f"The kernel matrix has {matrix.shape[1]} columns and other_scores has {len(self.other_scores)} entries: "
+                "columns and other_scores must be as many."
+            )
+        if not np.isfinite(matrix).all() or not np.isfinite(scores).all():
+            raise InputError(
+                f"{int((~np.isfinite(matrix)).sum())} kernel entries and {int((~np.isfinite(scores)).sum())} scores "
+                "are not finite: look for texts on which the model overflows."
+            )
+
+    def __repr__(self) -> str:
+        n, m = self.matrix.shape
+        source = self.info.get("model", {}).get("name", "unknown model")
+        return f"Kernel({n} x {m}, {source}, {self.info.get('readout', {}).get('readout', 'unknown')} read-out)"
+
+    @property
+    def n(self) -> int:
+        """Number of row texts."""
+        return self.matrix.shape[0]
+
+    @property
+    def square(self) -> bool:
+        """Whether rows and columns are the same texts."""
+        return self.other_scores is None
+
+    def block(self, rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray | None = None) -> Kernel:
+        """Return the kernel between some texts (rows) and others (columns; the rows again if None).
+
+        Example
+        -------
+        >>> kernel = Kernel(np.eye(4), np.arange(4.0))
+        >>> kernel.block([0, 1, 2]).matrix.shape, kernel.block([3], [0, 1, 2]).matrix.shape
+        ((3, 3), (1, 3))
+        """
+        rows = np.asarray(rows)
+        pick = [self.texts[i] for i in rows] if self.texts else []
+        if columns is None:
+            if not self.square:
+                raise InputError("A rectangular kernel has no square block: give columns too.")
+            return Kernel(self.matrix[np.ix_(rows, rows)], self.scores[rows], None, self.info, tuple(pick))
+        columns = np.asarray(columns)
+        column_scores = self.scores if self.other_scores is None else self.other_scores
+        column_texts = self.texts if self.square else self.other_texts
+        return Kernel(
+            self.matrix[np.ix_(rows, columns)],
+            self.scores[rows],
+            column_scores[columns],
+            self.info,
+            tuple(pick),
+            tuple(column_texts[j] for j in columns) if column_texts else (),
+        )
+
+    def spectrum(self, centre: bool = False) -> Spectrum:
+        """Return the eigenvalues of K/n, of the centred HKH/n if `centre` (H = I - 11'/n)."""
+        from ntkft.spectrum import Spectrum
+
+        if not self.square:
+            raise InputError(f"A {self.matrix.shape} kernel is rectangular and has no eigenvalues: use a square one.")
+        matrix = self.matrix
+        if centre:
+            matrix = matrix - matrix.mean(0) - matrix.mean(1)[:, None] + matrix.mean()
+        return Spectrum(np.linalg.eigvalsh((matrix + matrix.T) / (2 * self.n)))
+
+    def matches(self, texts: Sequence[str]) -> bool:
+        """Whether the rows belong to exactly these texts, in this order."""
+        return self.texts == tuple(map(sha256_text, texts))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the kernel to a ``.npz`` file, atomically and without pickle. Returns the path."""
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise InputError(f"A kernel is stored as .npz and the path is {path.name!r}: name it {path.stem}.npz.")
+        header = {"format": FORMAT, "info": self.info, "texts": self.texts, "other_texts": self.other_texts}
+        arrays = {"matrix": self.matrix, "scores": self.scores, "header": np.array(json.dumps(header))}
+        if self.other_scores is not None:
+            arrays["other_scores"] = np.asarray(self.other_scores, dtype=np.float64)
+        with atomic_path(path) as temporary:
+            np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Kernel:
+        """Read a kernel written by `save`.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, is no kernel, or is damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"There is no kernel at {path}: compute it with empirical_ntk and save it there.")
+        remedy = "write kernels with Kernel.save"
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                missing = {"matrix", "scores", "header"} - set(data.files)
+                if missing:
+                    raise InputError(f"{path} is no ntkft kernel, it has no {sorted(missing)}: {remedy}.")
+                header = json.loads(str(data["header"]))
+                if header.get("format") != FORMAT:
+                    raise InputError(f"{path} has format {header.get('format')!r}, this ntkft reads {FORMAT!r}: {remedy}.")
+                other = data["other_scores"] if "other_scores" in data.files else None
+                return cls(
+                    data["matrix"], data["scores"], other, header["info"], tuple(header["texts"]), tuple(header["other_texts"])
+                )
+        except (ValueError, OSError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is no ntkft kernel ({type(error).__name__} while reading): {remedy}.") from None

@@ -1,0 +1,112 @@
+"""Where a number comes from: the code, the machine, the seed and the time behind a stored result.
+
+A result is only worth storing if one can tell whether it still belongs to the code. `code_hash` follows
+the imports of a module inside the package and hashes what the code *does*: comments, docstrings and
+formatting may change freely, a changed formula is seen.
+
+Example
+-------
+>>> code_hash("ntkft.spectrum") == code_hash("ntkft.spectrum")
+True
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+# These hold no mathematics: where files lie, how errors read. Assets are pinned by their own hashes.
+INERT = {"ntkft", "ntkft.errors", "ntkft.files", "ntkft.assets", "ntkft.catalogue", "ntkft.provenance"}
+
+
+def code_hash(module: str) -> str:
+    """Return the SHA-256 of a module of the package and of all it imports from the package.
+
+    Parameters
+    ----------
+    module : str
+        Dotted name, such as ``"ntkft.experiments.stopping_rule"``.
+    """
+    seen: dict[str, str] = {}
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name in seen or name in INERT:
+            continue
+        seen[name], imports = _digest(_path(name))
+        todo += imports
+    return hashlib.sha256("".join(f"{k}:{seen[k]}\n" for k in sorted(seen)).encode()).hexdigest()
+
+
+def _path(module: str) -> Path:
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def _digest(path: Path) -> tuple[str, tuple[str, ...]]:
+    """Hash one file's syntax tree without docstrings; list the modules of the package that it imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imports: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ntkft":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            imports += [n for n in names if _path(n).is_file()] or [node.module]
+            imports.append(node.module)
+        elif isinstance(node, ast.Import):
+            imports += [alias.name for alias in node.names if alias.name.split(".")[0] == "ntkft"]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(imports)
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def manifest(module: str, *, seed: int, seconds: float) -> dict[str, Any]:
+    """Describe a run: seed, commit, code hash, versions, hardware, seconds, peak memory, date."""
+    packages = ("torch", "transformers", "numpy", "scipy")
+    return {
+        "module": module,
+        "seed": seed,
+        "code_sha256": code_hash(module),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "hardware": {"processor": _processor(), "cores": os.cpu_count(), "device": "cpu"},
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout, marked if the tree has changes; 'unknown' outside a checkout."""
+    try:
+        run = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
