@@ -34,7 +34,19 @@ _WHERE = {
     "descend": "descent",
     "Descent": "descent",
 }
-_MODULES = ("assets", "claims", "descent", "experiments", "finetune", "models", "ntk", "readout", "spectrum", "stopping", "tasks")
+_MODULES = (
+    "assets",
+    "claims",
+    "descent",
+    "experiments",
+    "finetune",
+    "models",
+    "ntk",
+    "readout",
+    "spectrum",
+    "stopping",
+    "tasks",
+)
 
 __all__ = [*_WHERE, "errors", *_MODULES]
 

@@ -8,10 +8,20 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from ntkft.errors import InputError
 from ntkft.experiments.result import RESULTS, Result
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: safe for all eyes
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe & Ito: safe for all eyes
 
 
 def use_style() -> None:
@@ -27,7 +37,8 @@ def glue(name: str, value: Any) -> None:
         from myst_nb import glue as myst_glue
     except ImportError:
         return
-    myst_glue(name, value, display=False)
+    # numpy 2 prints np.float64(0.1), which the glue role cannot format
+    myst_glue(name, value.item() if isinstance(value, np.generic) else value, display=False)
 
 
 def stored(chapter: str) -> Result:
@@ -35,8 +46,20 @@ def stored(chapter: str) -> Result:
     try:
         result = Result.load(RESULTS / chapter, "full")
     except InputError as error:
-        raise InputError(f"{error} Stored results come with the repository, not with the package: clone it.") from None
+        raise InputError(
+            f"{error} Stored results come with the repository, not with the package: clone it."
+        ) from None
     if result.stale:
-        print(f"Note: the code behind this stored result has changed since {result.manifest['date']}; rerun it with "
-              f"`ntkft run {chapter} --tier full`.")
+        print(
+            f"Note: the code behind this stored result has changed since {result.manifest['date']}; rerun it with "
+            f"`ntkft run {chapter} --tier full`."
+        )
     return result
+
+
+def table(header: list[str], rows: list[list[str]]) -> Any:
+    """Show a table on the page, from strings; cells may hold Markdown."""
+    from IPython.display import Markdown
+
+    lines = [header, ["---"] * len(header), *rows]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))

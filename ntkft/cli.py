@@ -7,6 +7,7 @@ line on stderr and exit status 1.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +29,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 def _say(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(values, default=str))
+        from ntkft.experiments.result import _plain
+
+        typer.echo(json.dumps(_plain(values)))
         return
     width = max(map(len, values), default=0)
     for key, value in values.items():
@@ -37,8 +40,12 @@ def _say(values: dict[str, Any], as_json: bool) -> None:
 
 @app.command()
 def fetch(
-    names: Annotated[list[str] | None, typer.Argument(help="Assets to fetch; all of them if none is named.")] = None,
-    show: Annotated[bool, typer.Option("--list", help="List the assets with licence and size, fetch nothing.")] = False,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Assets to fetch; all of them if none is named.")
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--list", help="List the assets with licence and size, fetch nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Download models and corpora into the cache (NTKFT_HOME), checked against their pinned hashes."""
@@ -50,7 +57,9 @@ def fetch(
             typer.echo(json.dumps(table))
         else:
             for row in table:
-                typer.echo(f"{row['name']:<14}{row['size_mb']:>5.0f} MB  {row['licence']:<14}  {row['title']}")
+                typer.echo(
+                    f"{row['name']:<14}{row['size_mb']:>5.0f} MB  {row['licence']:<14}  {row['title']}"
+                )
         return
     found = {}
     for name in names or [row["name"] for row in table]:
@@ -63,15 +72,21 @@ def fetch(
 
 @app.command()
 def kernel(
-    data: Annotated[str, typer.Option(help="amazon, movies, nyt, tweets, reuters, newsgroups, a CSV/JSONL path, or hf:ID.")],
+    data: Annotated[
+        str,
+        typer.Option(help="amazon, movies, nyt, tweets, reuters, newsgroups, a CSV/JSONL path, or hf:ID."),
+    ],
     out: Annotated[Path, typer.Option(help="Where to write the kernel (.npz).")],
     model: Annotated[str, typer.Option(help="minilm, smollm2, or any Hugging Face id or folder.")] = "minilm",
     n: Annotated[int | None, typer.Option(help="Number of texts; all if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw of texts (and of the head, for pooled).")] = 0,
     readout: Annotated[
-        Literal["auto", "prompt", "pooled"], typer.Option(help="auto: prompt for causal models, pooled for encoders.")
+        Literal["auto", "prompt", "pooled"],
+        typer.Option(help="auto: prompt for causal models, pooled for encoders."),
     ] = "auto",
-    parameters: Annotated[str | None, typer.Option(help="Shell pattern of the parameters that count.")] = None,
+    parameters: Annotated[
+        str | None, typer.Option(help="Shell pattern of the parameters that count.")
+    ] = None,
     memory: Annotated[str, typer.Option(help="Working memory beside the model.")] = "2GB",
     text_column: Annotated[str | None, typer.Option(help="Column of the texts in your own data.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels in your own data.")] = None,
@@ -80,46 +95,78 @@ def kernel(
     """Compute the exact empirical NTK of a model on some texts."""
     if out.suffix != ".npz":
         raise InputError(f"A kernel is stored as .npz and --out is {out.name!r}: name it {out.stem}.npz.")
+    if not os.access(next(p for p in out.absolute().parents if p.exists()), os.W_OK):
+        raise InputError(f"--out is {out} and its folder cannot be written to: choose another place.")
     task = ntkft.load_task(data, n=n, seed=seed, text_column=text_column, label_column=label_column)
     loaded = ntkft.load_model(model)
     if readout == "auto":
         readout = "pooled" if loaded.info["kind"] == "encoder" else "prompt"
     made = ntkft.prompt_readout(loaded) if readout == "prompt" else ntkft.pooled_readout(loaded, seed=seed)
-    result = ntkft.empirical_ntk(made, task.texts, parameters=parameters, memory=memory, progress=sys.stderr.isatty())
+    result = ntkft.empirical_ntk(
+        made, task.texts, parameters=parameters, memory=memory, progress=sys.stderr.isatty()
+    )
     result.save(out)
-    _say({"texts": len(task), "parameters": result.info["parameters"]["count"], "seconds": result.info["seconds"],
-          "lambda_1": float(result.spectrum().eigenvalues[0]), "file": str(out)}, as_json)
+    _say(
+        {
+            "texts": len(task),
+            "parameters": result.info["parameters"]["count"],
+            "seconds": result.info["seconds"],
+            "lambda_1": float(result.spectrum().eigenvalues[0]),
+            "file": str(out),
+        },
+        as_json,
+    )
 
 
 @app.command()
 def spectrum(
     file: Annotated[Path, typer.Argument(help="A kernel written by `ntkft kernel`.")],
-    sigma: Annotated[float | None, typer.Option(help="Noise level of the labels: also print the radius and the stop.")] = None,
-    norm: Annotated[float, typer.Option(help="R, the norm of the target in the kernel's Hilbert space.")] = 1.0,
+    sigma: Annotated[
+        float | None, typer.Option(help="Noise level of the labels: also print the radius and the stop.")
+    ] = None,
+    norm: Annotated[
+        float, typer.Option(help="R, the norm of the target in the kernel's Hilbert space.")
+    ] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Print the eigenvalue decay of a kernel, and with --sigma the kernel time at which to stop."""
     found = ntkft.Kernel.load(file)
     raw, centred = found.spectrum(), found.spectrum(centre=True)
-    values: dict[str, Any] = {"n": found.n, "lambda_1": float(raw.eigenvalues[0]),
-                              "lambda_1_centred": float(centred.eigenvalues[0]), "trace": float(raw.eigenvalues.sum())}
-    if found.n >= 48:
+    values: dict[str, Any] = {
+        "n": found.n,
+        "lambda_1": float(raw.eigenvalues[0]),
+        "lambda_1_centred": float(centred.eigenvalues[0]),
+        "trace": float(raw.eigenvalues.sum()),
+    }
+    if found.n >= 48 and raw.eigenvalues[found.n // 4 - 1] > 0:  # enough ranks to fit a decay
         decay = raw.decay()
-        values |= {"decay_exponent": decay.exponent, "decay_ranks": f"{decay.first}-{decay.last}", "decay_r2": decay.r_squared}
+        values |= {
+            "decay_exponent": decay.exponent,
+            "decay_ranks": f"{decay.first}-{decay.last}",
+            "decay_r2": decay.r_squared,
+        }
     if sigma is not None:
         stop = ntkft.stopping.rademacher_rule(raw, sigma, norm)
-        values |= {"critical_radius": stop.info["radius"], "eta": stop.eta,
-                   "steps_at_1/lambda_1": stop.steps(1 / float(raw.eigenvalues[0]))}
+        values |= {
+            "critical_radius": stop.info["radius"],
+            "eta": stop.eta,
+            "steps_at_1/lambda_1": stop.steps(1 / float(raw.eigenvalues[0])),
+        }
     _say(values, as_json)
 
 
 @app.command()
 def run(
     chapter: Annotated[str, typer.Argument(help="Chapter by file name, such as stopping_rule.")],
-    tier: Annotated[Literal["quick", "full"], typer.Option(help="quick: seconds, as in the book; full: stored.")] = "quick",
+    tier: Annotated[
+        Literal["quick", "full"], typer.Option(help="quick: seconds, as in the book; full: stored.")
+    ] = "quick",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to store the result in; by default results/CHAPTER for the full tier, none for quick.")
+        Path | None,
+        typer.Option(
+            help="Folder to store the result in; by default results/CHAPTER for the full tier, none for quick."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -127,7 +174,10 @@ def run(
     result = ntkft.experiments.run(chapter, tier, seed)
     folder = result.save(out) if out is not None or tier == "full" else None
     values = {k: v for k, v in result.values.items() if as_json or not isinstance(v, list | dict)}
-    values |= {"seconds": result.manifest["seconds"], "peak_memory_gb": result.manifest["peak_memory_bytes"] / 1e9}
+    values |= {
+        "seconds": result.manifest["seconds"],
+        "peak_memory_gb": result.manifest["peak_memory_bytes"] / 1e9,
+    }
     _say(values | ({"folder": str(folder)} if folder else {}), as_json)
 
 

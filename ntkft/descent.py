@@ -27,7 +27,14 @@ from ntkft.ntk import Kernel
 from ntkft.spectrum import Spectrum, require_positive
 
 
-def descend(kernel: Kernel | np.ndarray, y: ArrayLike, f0: ArrayLike | None = None, *, step_size: float | None = None) -> Descent:
+def descend(
+    kernel: Kernel | np.ndarray,
+    y: ArrayLike,
+    f0: ArrayLike | None = None,
+    *,
+    step_size: float | None = None,
+    intercept: bool = False,
+) -> Descent:
     """Prepare the closed-form path of gradient descent on labels `y`.
 
     Parameters
@@ -40,6 +47,9 @@ def descend(kernel: Kernel | np.ndarray, y: ArrayLike, f0: ArrayLike | None = No
         Scores before training; by default the kernel's own, and zero for a bare array.
     step_size : float, optional
         ε of discrete gradient descent, below 2/λ_1; gradient flow if None.
+    intercept : bool
+        Fit a free constant beside the model: the path of the centred kernel HKH/n, H = I - 11'/n, with the mean
+        residual fitted outright. The constant mode, often λ_1, is then out of the way of the step size.
 
     Returns
     -------
@@ -52,7 +62,9 @@ def descend(kernel: Kernel | np.ndarray, y: ArrayLike, f0: ArrayLike | None = No
     """
     if isinstance(kernel, Kernel):
         if not kernel.square:
-            raise InputError(f"descend needs the square kernel of the training texts and got {kernel!r}: pass kernel.block(rows).")
+            raise InputError(
+                f"descend needs the square kernel of the training texts and got {kernel!r}: pass kernel.block(rows)."
+            )
         matrix = kernel.matrix
         start = kernel.scores if f0 is None else f0
     else:
@@ -62,6 +74,9 @@ def descend(kernel: Kernel | np.ndarray, y: ArrayLike, f0: ArrayLike | None = No
         start = np.zeros(len(matrix)) if f0 is None else f0
     n = matrix.shape[0]
     labels, scores = check_labels(y, n), check_labels(start, n, "f0")
+    means = matrix.mean(0) if intercept else None
+    if means is not None:
+        matrix = matrix - means - means[:, None] + means.mean()
     values, vectors = np.linalg.eigh((matrix + matrix.T) / (2 * n))
     eigenvalues = Spectrum(values).eigenvalues  # descending, checked, clipped
     if step_size is not None:
@@ -70,7 +85,7 @@ def descend(kernel: Kernel | np.ndarray, y: ArrayLike, f0: ArrayLike | None = No
             raise InputError(
                 f"step_size is {step_size:.4g} and descent diverges from 2/λ_1 = {2 / eigenvalues[0]:.4g} on: take a smaller one."
             )
-    return Descent(eigenvalues, vectors[:, ::-1], labels, scores, step_size)
+    return Descent(eigenvalues, vectors[:, ::-1], labels, scores, step_size, means)
 
 
 def check_labels(y: ArrayLike, n: int, name: str = "y") -> np.ndarray:
@@ -78,10 +93,14 @@ def check_labels(y: ArrayLike, n: int, name: str = "y") -> np.ndarray:
     labels = np.asarray(y, dtype=np.float64)
     if labels.shape != (n,):
         count = f"{labels.size} labels" if labels.ndim == 1 else f"shape {labels.shape}"
-        raise InputError(f"The kernel is for {n} texts and {name} has {count}: pass one number per text, in the kernel's order.")
+        raise InputError(
+            f"The kernel is for {n} texts and {name} has {count}: pass one number per text, in the kernel's order."
+        )
     bad = np.flatnonzero(~np.isfinite(labels))
     if bad.size:
-        raise InputError(f"{bad.size} of {n} entries of {name} are not finite, first at index {bad[0]}: drop those texts.")
+        raise InputError(
+            f"{bad.size} of {n} entries of {name} are not finite, first at index {bad[0]}: drop those texts."
+        )
     return labels
 
 
@@ -100,14 +119,34 @@ class Descent:
         Labels, and scores before training.
     step_size : float or None
         ε; None for gradient flow.
+    kernel_means : (n,) or None
+        Column means of the kernel matrix if a free intercept is fitted, else None.
     """
 
-    def __init__(self, eigenvalues: np.ndarray, vectors: np.ndarray, y: np.ndarray, f0: np.ndarray, step_size: float | None) -> None:
-        self.eigenvalues, self.vectors, self.y, self.f0, self.step_size = eigenvalues, vectors, y, f0, step_size
-        self._z = vectors.T @ (y - f0)  # (n,) the target in the eigenbasis
+    def __init__(
+        self,
+        eigenvalues: np.ndarray,
+        vectors: np.ndarray,
+        y: np.ndarray,
+        f0: np.ndarray,
+        step_size: float | None = None,
+        kernel_means: np.ndarray | None = None,
+    ) -> None:
+        self.eigenvalues, self.vectors, self.y, self.f0, self.step_size = (
+            eigenvalues,
+            vectors,
+            y,
+            f0,
+            step_size,
+        )
+        self.kernel_means = kernel_means
+        self._offset = 0.0 if kernel_means is None else float((y - f0).mean())
+        self._z = vectors.T @ (y - f0 - self._offset)  # (n,) the target in the eigenbasis
 
     def __repr__(self) -> str:
-        return f"Descent(n={self.n}, {'flow' if self.step_size is None else f'step_size={self.step_size:.4g}'})"
+        return (
+            f"Descent(n={self.n}, {'flow' if self.step_size is None else f'step_size={self.step_size:.4g}'})"
+        )
 
     @property
     def n(self) -> int:
@@ -128,7 +167,9 @@ class Descent:
         factor = 1 - self.step_size * self.eigenvalues
         with np.errstate(divide="ignore"):  # 1-ελ = 0: all is fitted in one step
             log_factor = np.where(
-                factor > 0, np.log1p(-np.minimum(self.step_size * self.eigenvalues, 1.0)), np.log(np.abs(factor))
+                factor > 0,
+                np.log1p(-np.minimum(self.step_size * self.eigenvalues, 1.0)),
+                np.log(np.abs(factor)),
             )
         exponent = np.where(t > 0, t * np.where(t > 0, log_factor, 0.0), 0.0)
         return exponent, np.where((factor < 0) & (t % 2 == 1), -1.0, 1.0)
@@ -140,7 +181,7 @@ class Descent:
 
     def fitted(self, eta: ArrayLike) -> np.ndarray:
         """Return the fitted values f_η(x_i) on the training texts: (n,) or (k, n)."""
-        return self.f0 + (self.filter(eta) * self._z) @ self.vectors.T
+        return self.f0 + self._offset + (self.filter(eta) * self._z) @ self.vectors.T
 
     def residual(self, eta: ArrayLike) -> np.ndarray:
         """Return the training error ‖y - f_η‖_n² (mean of squares): a number or (k,)."""
@@ -148,8 +189,8 @@ class Descent:
         return ((left * self._z) ** 2).mean(-1)
 
     def degrees_of_freedom(self, eta: ArrayLike) -> np.ndarray:
-        """Return tr(I - S^t) = Σ_j filter_j: a number or (k,)."""
-        return self.filter(eta).sum(-1)
+        """Return tr(I - S^t) = Σ_j filter_j, and one more for an intercept: a number or (k,)."""
+        return self.filter(eta).sum(-1) + (self.kernel_means is not None)
 
     def coefficients(self, eta: ArrayLike) -> np.ndarray:
         r"""Return α_η (n,) or (k, n) with f_η(x) = f0(x) + Σ_i k(x, x_i) α_i.
@@ -185,16 +226,24 @@ class Descent:
         if f0 is None:
             f0 = cross.scores if isinstance(cross, Kernel) else np.zeros(len(matrix))
         start = check_labels(f0, len(matrix), "f0")
-        return start + self.coefficients(eta) @ matrix.T
+        alpha = self.coefficients(eta)  # (n,) or (k, n)
+        if self.kernel_means is None:
+            return start + alpha @ matrix.T
+        # The intercept makes the fit's mean over the training texts that of y, at every time.
+        return start + self._offset + alpha @ matrix.T - (alpha @ self.kernel_means)[..., None]
 
     def bias2(self, eta: ArrayLike, target: ArrayLike) -> np.ndarray:
         """Return the squared bias ‖E f_η - f*‖_n² for the true values `target` (n,): a number or (k,)."""
-        g = self.vectors.T @ (check_labels(target, self.n, "target") - self.f0)
+        g = check_labels(target, self.n, "target") - self.f0
+        if self.kernel_means is not None:
+            g = g - g.mean()
+        g = self.vectors.T @ g
         return (((1 - self.filter(eta)) * g) ** 2).mean(-1)
 
     def variance(self, eta: ArrayLike, sigma: float) -> np.ndarray:
         """Return E‖f_η - E f_η‖_n² = σ²/n Σ_j filter_j² for labels with noise level `sigma`: a number or (k,)."""
-        return require_positive("sigma", sigma) ** 2 * (self.filter(eta) ** 2).mean(-1)
+        free = (self.filter(eta) ** 2).sum(-1) + (self.kernel_means is not None)
+        return require_positive("sigma", sigma) ** 2 * free / self.n
 
     def hilbert_norm(self, values: ArrayLike, floor: float = 1e-10) -> float:
         """Return the norm of the smallest function of the kernel's Hilbert space through `values` (n,).
@@ -202,7 +251,10 @@ class Descent:
         It is [Σ_j θ_j²/λ_j]^{1/2} with θ = Uᵀ values/√n. Directions with λ_j below `floor`·λ_1 count as null; values
         with a part there belong to no function of the space, and the result is infinite.
         """
-        theta2 = (self.vectors.T @ check_labels(values, self.n, "values")) ** 2 / self.n
+        checked = check_labels(values, self.n, "values")
+        if self.kernel_means is not None:  # the intercept takes the mean, at no cost
+            checked = checked - checked.mean()
+        theta2 = (self.vectors.T @ checked) ** 2 / self.n
         real = self.eigenvalues > floor * self.eigenvalues[0]
         if theta2[~real].sum() > 1e-12 * max(theta2.sum(), 1e-300):
             return float("inf")
@@ -212,5 +264,5 @@ class Descent:
 def _times(eta: ArrayLike) -> np.ndarray:
     times = np.asarray(eta, dtype=np.float64)
     if np.isnan(times).any() or (times < 0).any():
-        raise InputError(f"eta is {eta} and kernel time runs from 0: pass a number >= 0.")
+        raise InputError(f"eta is {times} and kernel time runs from 0: pass a number >= 0.")
     return times

@@ -57,13 +57,14 @@ class Training:
 @contextmanager
 def preserved_weights(readout: Readout) -> Iterator[None]:
     """Put the read-out's weights back when the block ends, also after an error."""
-    before = {k: v.detach().clone() for k, v in readout.parameters().items()}
+    # All of them: a weight may be frozen or thawed inside the block.
+    before = [(p, p.detach().clone()) for p in readout.module.parameters()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for k, v in readout.parameters().items():
-                v.copy_(before[k])
+            for p, value in before:
+                p.copy_(value)
 
 
 def train(
@@ -75,6 +76,7 @@ def train(
     epochs: int,
     batch_size: int | None = None,
     method: str = "sgd",
+    intercept: bool = False,
     seed: int = 0,
     watch: Mapping[str, tuple[Sequence[str], ArrayLike]] | None = None,
     progress: bool = True,
@@ -95,6 +97,9 @@ def train(
         Texts per step; all n (plain gradient descent) if None.
     method : "sgd" or "adamw"
         Optimiser, from torch.
+    intercept : bool
+        Fit a free constant beside the model: each batch is centred, f - mean f against y - mean y, and at every look the
+        constant is the one that fits the training mean. Needs batches of at least two texts.
     seed : int
         Seed of the batches.
     watch : dict name -> (texts, targets), optional
@@ -108,9 +113,18 @@ def train(
     labels = torch.tensor(check_labels(y, len(texts)))
     n = len(labels)
     batch = n if batch_size is None else int(require_positive("batch_size", batch_size))
+    if batch_size is not None and batch != batch_size:
+        raise InputError(f"batch_size is {batch_size} and must be a whole number: it counts texts.")
     if method not in OPTIMISERS:
         raise InputError(f"method is {method!r}: choose one of {', '.join(OPTIMISERS)}.")
-    watched = {k: (list(t), check_labels(v, len(t), f"the targets of {k}")) for k, (t, v) in (watch or {}).items()}
+    texts = list(texts)
+    watched = {
+        k: (list(t), check_labels(v, len(t), f"the targets of {k}")) for k, (t, v) in (watch or {}).items()
+    }
+    if intercept and batch < 2:
+        raise InputError(
+            f"batch_size is {batch} and an intercept is fitted by centring each batch: take at least 2."
+        )
     optimiser = OPTIMISERS[method](readout.parameters().values(), lr=require_positive("step_size", step_size))
     token_ids = readout.encode(texts)
     generator = np.random.default_rng(seed)
@@ -121,32 +135,61 @@ def train(
 
     def look(epoch: int) -> None:
         when.append((epoch, steps * step_size))
-        fitted.append(readout.scores(texts))
-        if not np.isfinite(fitted[-1]).all():
-            raise InputError(f"Training diverged in epoch {epoch} at step_size={step_size:.4g}: take a smaller one.")
+        scores = readout.scores(texts)
+        if not np.isfinite(scores).all():
+            raise InputError(
+                f"Training diverged in epoch {epoch} at step_size={step_size:.4g}: take a smaller one."
+            )
+        constant = float(labels.mean()) - scores.mean() if intercept else 0.0
+        fitted.append(scores + constant)
         for k, (other, target) in watched.items():
-            errors[k].append(float(((readout.scores(other) - target) ** 2).mean()))
+            values = scores if other == texts else readout.scores(other)
+            errors[k].append(float(((values + constant - target) ** 2).mean()))
 
     look(0)
     for epoch in tqdm(range(1, epochs + 1), disable=not progress, desc="fine-tuning", unit="epoch"):
         order = generator.permutation(n)
         for start in range(0, n, batch):
             chosen = order[start : start + batch]
+            if intercept and len(chosen) < 2:
+                continue  # a centred batch of one says nothing, and no time passes
             optimiser.zero_grad(set_to_none=True)
-            _accumulate(readout, [token_ids[i] for i in chosen], labels[chosen])
+            _accumulate(readout, [token_ids[i] for i in chosen], labels[chosen], intercept)
             optimiser.step()
             steps += 1
         look(epoch)
     epoch_axis, eta_axis = (np.array(column) for column in zip(*when, strict=True))
     path = np.array(fitted)
     return Training(
-        epoch_axis, eta_axis, ((path - labels.numpy()) ** 2).mean(1), path, {k: np.array(v) for k, v in errors.items()}
+        epoch_axis,
+        eta_axis,
+        ((path - labels.numpy()) ** 2).mean(1),
+        path,
+        {k: np.array(v) for k, v in errors.items()},
     )
 
 
-def _accumulate(readout: Readout, token_ids: list[list[int]], labels: torch.Tensor, part: int = 32) -> None:
-    """Add the gradient of the batch's mean loss, in parts, so that memory does not grow with the batch."""
-    for start in range(0, len(token_ids), part):
-        values = readout.module(**readout.collate(token_ids[start : start + part]))
-        target = labels[start : start + part].to(values)
-        ((values - target) ** 2).sum().div(2 * len(token_ids)).backward()
+def _accumulate(
+    readout: Readout,
+    token_ids: list[list[int]],
+    labels: torch.Tensor,
+    intercept: bool = False,
+    part: int = 16,
+) -> None:
+    """Add the gradient of the batch's mean loss, in parts, so that memory does not grow with the batch.
+
+    The loss is 1/(2B) Σ (f - y)², or with an intercept 1/(2B) Σ (f - y - mean(f - y))², whose gradient needs the mean
+    over the whole batch before the first part is differentiated.
+    """
+    parts = [slice(start, start + part) for start in range(0, len(token_ids), part)]
+    offset = 0.0
+    if intercept and len(parts) > 1:
+        with torch.no_grad():
+            scores = torch.cat([readout.module(**readout.collate(token_ids[p])) for p in parts])
+            offset = float((scores.cpu() - labels).mean())
+    for p in parts:
+        values = readout.module(**readout.collate(token_ids[p]))
+        target = labels[p].to(values)
+        if intercept and len(parts) == 1:  # the usual case: one forward pass is enough
+            offset = float((values.detach() - target).mean())
+        ((values - target - offset) ** 2).sum().div(2 * len(token_ids)).backward()

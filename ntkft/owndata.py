@@ -7,7 +7,7 @@ Example
 -------
 >>> import pathlib, tempfile
 >>> path = pathlib.Path(tempfile.mkdtemp()) / "mine.csv"
->>> _ = path.write_text("text,stars\\nsplendid,5\\ndull,2\\n")
+>>> _ = path.write_text("text,stars\nsplendid,5\ndull,2\n")
 >>> corpus = from_file(path)
 >>> corpus.texts, corpus.y.tolist()
 (['splendid', 'dull'], [5.0, 2.0])

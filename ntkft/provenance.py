@@ -25,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ntkft import _WHERE
+
 PACKAGE = Path(__file__).parent
 # These hold no mathematics: where files lie, how errors read. Assets are pinned by their own hashes.
 INERT = {"ntkft", "ntkft.errors", "ntkft.files", "ntkft.assets", "ntkft.catalogue", "ntkft.provenance"}
@@ -61,14 +63,28 @@ def _digest(path: Path) -> tuple[str, tuple[str, ...]]:
     imports: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ntkft":
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [_public(f"{node.module}.{alias.name}") for alias in node.names]
             imports += [n for n in names if _path(n).is_file()] or [node.module]
             imports.append(node.module)
         elif isinstance(node, ast.Import):
             imports += [alias.name for alias in node.names if alias.name.split(".")[0] == "ntkft"]
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        elif (
+            isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ntkft"
+        ):
+            name = _public(f"ntkft.{node.attr}")
+            imports += [name] if _path(name).is_file() else []
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(imports)
+
+
+def _public(name: str) -> str:
+    """Return the module behind a name that the package loads on first use, such as ``ntkft.load_task``; others as they are."""
+    top, _, rest = name.partition(".")
+    return f"{top}.{_WHERE[rest]}" if rest in _WHERE else name
 
 
 def peak_memory() -> int:
@@ -77,8 +93,11 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def manifest(module: str, *, seed: int, seconds: float) -> dict[str, Any]:
-    """Describe a run: seed, commit, code hash, versions, hardware, seconds, peak memory, date."""
+def manifest(module: str, *, seed: int) -> dict[str, Any]:
+    """Describe a run that is about to start: seed, commit, code hash, versions, hardware, date.
+
+    Taken before the run, so that it speaks of the code that ran, whatever is edited meanwhile.
+    """
     packages = ("torch", "transformers", "numpy", "scipy")
     return {
         "module": module,
@@ -86,15 +105,13 @@ def manifest(module: str, *, seed: int, seconds: float) -> dict[str, Any]:
         "code_sha256": code_hash(module),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "seconds": round(seconds, 1),
-        "peak_memory_bytes": peak_memory(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "hardware": {"processor": _processor(), "cores": os.cpu_count(), "device": "cpu"},
     }
 
 
 def _commit() -> str:
-    """The commit of the checkout, marked if the tree has changes; 'unknown' outside a checkout."""
+    """Return the commit of the checkout, marked if the tree has changes; 'unknown' outside a checkout."""
     try:
         run = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()

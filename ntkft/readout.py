@@ -62,7 +62,9 @@ class Readout:
 
     def __repr__(self) -> str:
         kind, model = self.info["readout"], self.loaded.info.get("name")
-        return f"Readout({kind} of {model}, {sum(p.numel() for p in self.parameters().values()):,} parameters)"
+        return (
+            f"Readout({kind} of {model}, {sum(p.numel() for p in self.parameters().values()):,} parameters)"
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -84,7 +86,9 @@ class Readout:
         if isinstance(texts, str):
             raise InputError("texts is one string, a list of strings is needed: write [text].")
         if len(texts) == 0:
-            raise InputError("texts is empty, at least one text is needed: check the filter that made the list.")
+            raise InputError(
+                "texts is empty, at least one text is needed: check the filter that made the list."
+            )
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"text {i} of {len(texts)} is {text!r}, not a text: drop it and its label.")
@@ -151,7 +155,8 @@ class _PooledModule(nn.Module):
     def __init__(self, model: nn.Module, width: int, seed: int) -> None:
         super().__init__()
         self.model = model
-        self.head = nn.Linear(width, 1, bias=False)
+        # skip_init: the default initialisation would draw from torch's global generator.
+        self.head = nn.utils.skip_init(nn.Linear, width, 1, bias=False)
         generator = torch.Generator().manual_seed(seed)
         like = next(model.parameters())
         with torch.no_grad():
@@ -204,8 +209,15 @@ def prompt_readout(
             f"{loaded.info.get('name')} is an encoder without next-word logits and prompt_readout needs a "
             "causal language model: use pooled_readout."
         )
-    if "{text}" not in template:
-        raise InputError(f"The template {template!r} has no {{text}}: put {{text}} where the text belongs.")
+    if template.count("{text}") != 1:
+        raise InputError(
+            f"The template {template!r} has {{text}} {template.count('{text}')} times and needs it once: "
+            "put {text} where the text belongs."
+        )
+    if positive == negative:
+        raise InputError(
+            f"Both read-out words are {positive!r} and their difference is zero: choose two words."
+        )
     before, after = template.split("{text}", 1)
 
     def word(text: str) -> int:

@@ -31,7 +31,9 @@ NEGATIVE = 1e-6  # eigenvalues down to -NEGATIVE * λ_1 are rounding; below that
 def require_positive(name: str, value: float) -> float:
     """Return `value` as float, or raise `InputError` unless it is positive and finite."""
     if not np.isfinite(value) or value <= 0:
-        raise InputError(f"{name} is {value} and must be a positive finite number: check its unit and its sign.")
+        raise InputError(
+            f"{name} is {value} and must be a positive finite number: check its unit and its sign."
+        )
     return float(value)
 
 
@@ -83,8 +85,9 @@ class Spectrum:
         return f"Spectrum(n={len(self)}, λ_1={self.eigenvalues[0]:.4g}, trace={self.eigenvalues.sum():.4g})"
 
     def rademacher(self, eps: ArrayLike) -> np.ndarray | float:
-        r"""Local empirical Rademacher complexity :math:`\hat R(\varepsilon) = [\frac1n\sum_j \min(\lambda_j, \varepsilon^2)]^{1/2}`.
+        r"""Local empirical Rademacher complexity.
 
+        It is :math:`\hat R(\varepsilon) = [\frac1n\sum_j \min(\lambda_j, \varepsilon^2)]^{1/2}`.
         `eps` may be a number or an array; the result has its shape.
         """
         eps = np.asarray(eps, dtype=np.float64)
@@ -130,7 +133,7 @@ class Spectrum:
                 low = middle
 
     def _log_rademacher(self, log_eps: float) -> float:
-        """log R̂(e^log_eps), scaled by ε² so that a tiny ε does not underflow."""
+        """Return log R̂(e^log_eps), scaled by ε² so that a tiny ε does not underflow."""
         ratio = np.exp(np.minimum(np.log(np.maximum(self.eigenvalues, 1e-300)) - 2 * log_eps, 0.0))
         return log_eps + 0.5 * float(np.log(np.where(self.eigenvalues > 0, ratio, 0.0).mean()))
 

@@ -21,7 +21,7 @@ Example
 >>> spectrum = ntkft.Spectrum(1.0 / np.arange(1, 101) ** 2)
 >>> stop = rademacher_rule(spectrum, sigma=0.5)
 >>> stop.steps(step_size=0.5), round(stop.epochs(step_size=0.5, batch_size=16, n=100), 2)
-(10, 1.6)
+(7, 1.12)
 """
 
 from __future__ import annotations
@@ -90,8 +90,12 @@ def rademacher_rule(spectrum: Spectrum, sigma: float, norm: float = 1.0) -> Stop
     """
     radius = spectrum.critical_radius(sigma, norm)
     if radius == 0:
-        raise InputError(f"All {len(spectrum)} eigenvalues are zero and no training moves this model: check the read-out.")
-    return StoppingTime(radius**-2, "rademacher", {"radius": radius, "sigma": float(sigma), "norm": float(norm)})
+        raise InputError(
+            f"All {len(spectrum)} eigenvalues are zero and no training moves this model: check the read-out."
+        )
+    return StoppingTime(
+        radius**-2, "rademacher", {"radius": radius, "sigma": float(sigma), "norm": float(norm)}
+    )
 
 
 def sure_rule(descent: Descent, sigma: float) -> StoppingTime:
@@ -121,9 +125,13 @@ def discrepancy_rule(descent: Descent, sigma: float) -> StoppingTime:
     grid = time_grid(descent)
     info: dict[str, Any] = {"sigma": float(sigma)}
     if float(descent.residual(0.0)) <= s2:
-        return StoppingTime(0.0, "discrepancy", info | {"note": "the model fits to within σ² before training"})
+        return StoppingTime(
+            0.0, "discrepancy", info | {"note": "the model fits to within σ² before training"}
+        )
     if float(descent.residual(grid[-1])) > s2:
-        return StoppingTime(float(grid[-1]), "discrepancy", info | {"note": "the training error never falls to σ²"})
+        return StoppingTime(
+            float(grid[-1]), "discrepancy", info | {"note": "the training error never falls to σ²"}
+        )
     excess = descent.residual(grid) - s2
     first = int(np.argmax(excess <= 0))
     low = float(grid[first - 1]) if first else 0.0
@@ -136,7 +144,13 @@ def discrepancy_rule(descent: Descent, sigma: float) -> StoppingTime:
 
 
 def holdout_rule(
-    kernel: Kernel, y: ArrayLike, fraction: float = 0.2, patience: int = 3, *, every: float | None = None, seed: int = 0
+    kernel: Kernel,
+    y: ArrayLike,
+    fraction: float = 0.2,
+    patience: int = 3,
+    *,
+    every: float | None = None,
+    seed: int = 0,
 ) -> StoppingTime:
     """Train on part of the texts, watch the rest, stop when it has not improved for `patience` looks.
 
@@ -159,7 +173,9 @@ def holdout_rule(
     labels = check_labels(y, n)
     held = round(fraction * n)
     if not 0 < held < n or patience < 1:
-        raise InputError(f"fraction={fraction} holds out {held} of {n} texts with patience={patience}: hold out some, keep some.")
+        raise InputError(
+            f"fraction={fraction} holds out {held} of {n} texts with patience={patience}: hold out some, keep some."
+        )
     order = np.random.default_rng(seed).permutation(n)
     out, kept = order[:held], order[held:]
     descent = descend(kernel.block(kept), labels[kept])
@@ -178,11 +194,16 @@ def holdout_rule(
             if waited >= patience:
                 break
         look, chunk = look + chunk, min(2 * chunk, 4096)
-    return StoppingTime(best_eta, "holdout", {"held_out": held, "patience": patience, "every": gap, "seed": seed})
+    return StoppingTime(
+        best_eta, "holdout", {"held_out": held, "patience": patience, "every": gap, "seed": seed}
+    )
 
 
 def oracle_rule(
-    descent: Descent, reference: ArrayLike, cross: Kernel | np.ndarray | None = None, f0: ArrayLike | None = None
+    descent: Descent,
+    reference: ArrayLike,
+    cross: Kernel | np.ndarray | None = None,
+    f0: ArrayLike | None = None,
 ) -> StoppingTime:
     """Return the time of least error against the truth: on the training texts, or on those of `cross` if given."""
     count = descent.n if cross is None else len(cross.matrix if isinstance(cross, Kernel) else cross)

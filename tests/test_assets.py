@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,13 +28,13 @@ NO_INDEX = {  # a port where nobody listens, and none of this machine's other in
 
 
 @pytest.fixture
-def fresh_home(tmp_path, monkeypatch) -> Path:
+def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NTKFT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NTKFT_OFFLINE", raising=False)
     return tmp_path / "home"
 
 
-def toy(tmp_path: Path, monkeypatch, **changes) -> tuple[assets.Asset, Path]:
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[assets.Asset, Path]:
     """Register a small asset whose archive, a tar with a tar inside, was made here."""
     inner, outer = tmp_path / "inner.tar.gz", tmp_path / "toy-1.0.tar.gz"
     for text in ("a", "b"):
@@ -196,7 +197,8 @@ def test_a_damaged_archive_is_downloaded_again(fresh_home, tmp_path, monkeypatch
 def test_an_interrupted_unpack_leaves_no_folder(fresh_home, tmp_path, monkeypatch, error):
     _, archive = toy(tmp_path, monkeypatch)
     put(archive, fresh_home)
-    copy, done = shutil.copyfileobj, []
+    copy = shutil.copyfileobj
+    done: list[object] = []
 
     def interrupted(*args):
         if done:
@@ -269,7 +271,10 @@ def test_a_process_that_waited_finds_the_work_done(fresh_home, tmp_path, monkeyp
     monkeypatch.setattr(assets, "_lock", slow_lock)
     assert (assets.fetch("toy") / "a.txt").exists()
 
-    other = functools.partial(assets.derived, "key", lambda folder: (folder / "x").write_text("theirs"))
+    def theirs(folder):
+        (folder / "x").write_text("theirs")
+
+    other = functools.partial(assets.derived, "key", theirs)
     monkeypatch.setattr(assets, "_lock", slow_lock)
     assert (assets.derived("key", no_pip) / "x").read_text() == "theirs"
     monkeypatch.setattr(

@@ -23,7 +23,9 @@ def run_gradient_descent(phi, y, f0, step_size, steps):
     return theta
 
 
-@pytest.mark.parametrize("p", [3, 8, 20])  # fewer, as many, and more parameters than texts: K is singular for p=3
+@pytest.mark.parametrize(
+    "p", [3, 8, 20]
+)  # fewer, as many, and more parameters than texts: K is singular for p=3
 @pytest.mark.parametrize("share", [0.3, 1.0, 1.7])  # of 1/λ_1; 1.7 overshoots along the first eigenvector
 def test_discrete_path_is_gradient_descent(p, share):
     phi, new = features(8, p, 0), features(5, p, 1)
@@ -34,7 +36,9 @@ def test_discrete_path_is_gradient_descent(p, share):
     for t in (0, 1, 2, 7, 100):
         theta = run_gradient_descent(phi, y, f0, step, t)
         np.testing.assert_allclose(descent.fitted(t * step), f0 + phi @ theta, atol=1e-8)
-        np.testing.assert_allclose(descent.predict(t * step, new @ phi.T, f0_new), f0_new + new @ theta, atol=1e-8)
+        np.testing.assert_allclose(
+            descent.predict(t * step, new @ phi.T, f0_new), f0_new + new @ theta, atol=1e-8
+        )
 
 
 def test_flow_is_the_limit_of_small_steps():
@@ -48,7 +52,9 @@ def test_flow_is_the_limit_of_small_steps():
 
 
 @given(
-    st.lists(st.one_of(st.just(0.0), st.just(1.0), st.floats(1e-6, 1e3)), min_size=2, max_size=12).filter(lambda v: max(v) > 0),
+    st.lists(st.one_of(st.just(0.0), st.just(1.0), st.floats(1e-6, 1e3)), min_size=2, max_size=12).filter(
+        lambda v: max(v) > 0
+    ),
     st.floats(0, 1e3),
     st.floats(0, 1e3),
     st.one_of(st.none(), st.floats(0.01, 1.0)),
@@ -101,7 +107,9 @@ def test_arrays_of_times_agree_with_single_times():
     for k, eta in enumerate(times):
         np.testing.assert_allclose(descent.fitted(times)[k], descent.fitted(eta))
         np.testing.assert_allclose(descent.predict(times, cross)[k], descent.predict(eta, cross))
-        np.testing.assert_allclose(descent.residual(times)[k], ((6 * [0] + np.arange(6) - descent.fitted(eta)) ** 2).mean())
+        np.testing.assert_allclose(
+            descent.residual(times)[k], ((6 * [0] + np.arange(6) - descent.fitted(eta)) ** 2).mean()
+        )
     np.testing.assert_allclose(descent.fitted(0.0), 1.0)
 
 

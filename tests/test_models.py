@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = "The film was great, wasn't it?\n\nOverall, it was  good — naïve 😀 123"
 
 
-def tokenizer(pad: str | None = "[PAD]", eos: str | None = "[EOS]"):
+def tokenizer(pad: str | None = "[PAD]", eos: str | None = "[EOS]") -> transformers.PreTrainedTokenizerFast:
     words = ["[PAD]", "[EOS]", "[UNK]", "a", "good", "bad", "film"]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = Whitespace()
@@ -31,7 +33,7 @@ def tokenizer(pad: str | None = "[PAD]", eos: str | None = "[EOS]"):
     )
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 7,
     "hidden_size": 8,
     "num_hidden_layers": 2,
@@ -42,7 +44,7 @@ GPT2 = transformers.GPT2Config(vocab_size=7, n_embd=8, n_layer=2, n_head=2, n_po
 BERT = transformers.BertConfig(**SMALL, max_position_embeddings=24)
 
 
-def folder_of(model, path, tok=None) -> str:
+def folder_of(model: Any, path: Path, tok: Any = None) -> str:
     model.save_pretrained(path)
     (tok or tokenizer()).save_pretrained(path)
     return str(path)
@@ -54,7 +56,7 @@ def gpt2_folder(tmp_path):
     return folder_of(transformers.GPT2LMHeadModel(copy.deepcopy(GPT2)), tmp_path / "gpt2")
 
 
-def same(left, right) -> bool:
+def same(left: Any, right: Any) -> bool:
     a, b = left.state_dict(), right.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -266,7 +268,7 @@ def test_an_unknown_name_is_one_sentence_at_once(monkeypatch, offline):
 
 def test_wrong_weights_and_an_empty_folder(tmp_path):
     with pytest.raises(InputError, match="weights is 'fresh' and must be"):
-        load_model("minilm", weights="fresh")
+        load_model("minilm", weights="fresh")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"holds no model that transformers can load .*config.json"):
         load_model(tmp_path)
 

@@ -95,7 +95,11 @@ def test_effective_dimension_limits():
 def test_decay_recovers_a_power_law():
     rank = np.arange(1, 401)
     fit = Spectrum(3.0 * rank**-1.5).decay(first=5, last=200)
-    assert fit.exponent == pytest.approx(1.5) and fit.scale == pytest.approx(3.0) and fit.r_squared == pytest.approx(1.0)
+    assert (
+        fit.exponent == pytest.approx(1.5)
+        and fit.scale == pytest.approx(3.0)
+        and fit.r_squared == pytest.approx(1.0)
+    )
 
 
 def test_rounding_is_clipped_and_real_negatives_are_refused():

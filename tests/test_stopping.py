@@ -63,7 +63,9 @@ def test_sure_is_unbiased_for_the_risk():
     draws = []
     for _ in range(3000):
         d = descend_again(exact, truth + sigma * rng.standard_normal(kernel.n))
-        draws.append(float(d.residual(eta)) - sigma**2 + 2 * sigma**2 * float(d.degrees_of_freedom(eta)) / kernel.n)
+        draws.append(
+            float(d.residual(eta)) - sigma**2 + 2 * sigma**2 * float(d.degrees_of_freedom(eta)) / kernel.n
+        )
     error = np.std(draws) / np.sqrt(len(draws))
     assert abs(np.mean(draws) - risk) < 4 * error and error < 0.05 * risk
 
@@ -87,7 +89,10 @@ def test_sure_gcv_and_oracle_find_the_global_minimum():
     kernel, truth, y = problem(seed=3)
     d, n, s2 = descend(kernel, y), kernel.n, 0.25
     objectives = {
-        "sure": (stopping.sure_rule(d, 0.5), lambda e: d.residual(e) - s2 + 2 * s2 * d.degrees_of_freedom(e) / n),
+        "sure": (
+            stopping.sure_rule(d, 0.5),
+            lambda e: d.residual(e) - s2 + 2 * s2 * d.degrees_of_freedom(e) / n,
+        ),
         "gcv": (stopping.gcv_rule(d), lambda e: gcv(d, e)),
         "oracle": (stopping.oracle_rule(d, truth), lambda e: ((d.fitted(e) - truth) ** 2).mean(-1)),
     }
@@ -149,7 +154,7 @@ def test_holdout_seed_matters_and_is_reproducible():
 
 
 def test_rules_shift_with_the_noise():
-    kernel, truth, y = problem(seed=8)
+    kernel, _, y = problem(seed=8)
     d = descend(kernel, y)
     assert stopping.sure_rule(d, 1.0).eta < stopping.sure_rule(d, 0.2).eta
     spectrum = kernel.spectrum()

@@ -37,6 +37,7 @@ def test_rated_corpus(name):
     assert len(set(task.texts)) == len(task) and all(text.strip() == text != "" for text in task.texts)
     assert not any("&amp;" in text or "&#" in text or "\r" in text or "\ufeff" in text for text in task.texts)
     assert task.y.dtype == task.reference.dtype == np.float64
+    assert task.ratings is not None
     assert set(task.y) <= set(range(-4, 5))
     np.testing.assert_allclose(
         task.reference, [ratings.mean() for ratings in task.ratings], rtol=0, atol=1e-15
@@ -101,6 +102,7 @@ def test_smaller_is_a_prefix_and_seeds_differ():
 def test_ratings_are_nested_and_independent_of_the_texts_around():
     task = load_task("amazon", n=60, seed=2)
     one, two = task.y, task.redraw(2, seed=2).y
+    assert task.ratings is not None
     for first, mean, ratings in zip(one, two, task.ratings, strict=True):
         assert 2 * mean - first in ratings  # the second rater is one of those who are left
     np.testing.assert_array_equal(load_task("amazon", n=60, seed=2, raters=7).y, task.redraw(7, seed=2).y)
@@ -113,9 +115,9 @@ def test_ratings_are_nested_and_independent_of_the_texts_around():
 
 def test_the_global_generator_plays_no_part():
     np.random.seed(0)
-    before = np.random.get_state()[1].copy()
+    before = np.random.get_state(legacy=False)["state"]["key"].copy()
     first = load_task("nyt", n=50, raters=3)
-    assert np.array_equal(np.random.get_state()[1], before)
+    assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], before)
     np.random.seed(1)
     assert np.array_equal(load_task("nyt", n=50, raters=3).y, first.y)
 
@@ -123,6 +125,7 @@ def test_the_global_generator_plays_no_part():
 def test_subset_split_and_repr():
     task = load_task("nyt", n=50, seed=1)
     part = task.subset(np.array([4, 0]))
+    assert task.ratings is not None
     assert (
         part.texts == [task.texts[4], task.texts[0]]
         and part.reference.tolist() == task.reference[[4, 0]].tolist()

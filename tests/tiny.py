@@ -18,8 +18,15 @@ from ntkft.models import LoadedModel
 
 VOCABULARY = 97
 TEXTS = [
-    "good", "a bad film", "what a good good thing this is", "no", "the plot was thin but the cast was fine",
-    "fine", "thin plot", "I would not see it again for money, honestly", "good",
+    "good",
+    "a bad film",
+    "what a good good thing this is",
+    "no",
+    "the plot was thin but the cast was fine",
+    "fine",
+    "thin plot",
+    "I would not see it again for money, honestly",
+    "good",
 ]  # different lengths, repeated words, one duplicate
 
 
@@ -28,7 +35,9 @@ class WordTokenizer:
 
     pad_token_id = 0
 
-    def __call__(self, text: str, add_special_tokens: bool = True, truncation: bool = False, max_length: int = 512) -> dict:
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, truncation: bool = False, max_length: int = 512
+    ) -> dict:
         ids = [1 + sum(map(ord, word)) % (VOCABULARY - 1) for word in text.split()]
         return {"input_ids": ids[:max_length]}
 
@@ -45,14 +54,21 @@ def build(factory: type, config: PretrainedConfig, dtype: torch.dtype = torch.fl
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = factory(config)
-        for p in model.parameters():  # initial biases are zero and norms one: move them, or mistakes there hide
+        # Initial biases are zero and norms one: move them, or mistakes there hide.
+        for p in model.parameters():
             p.data.add_(0.05 * torch.randn_like(p))
     return wrap(model, "encoder" if factory is BertModel else "causal", dtype)
 
 
 def bert(dtype: torch.dtype = torch.float64) -> LoadedModel:
-    config = BertConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=24, max_position_embeddings=64)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        max_position_embeddings=64,
+    )
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -64,11 +80,23 @@ def bert(dtype: torch.dtype = torch.float64) -> LoadedModel:
 
 def gpt2(dtype: torch.dtype = torch.float64) -> LoadedModel:
     """Conv1D layers and tied embeddings."""
-    return build(GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, n_positions=64), dtype)
+    return build(
+        GPT2LMHeadModel,
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, n_positions=64),
+        dtype,
+    )
 
 
 def llama(dtype: torch.dtype = torch.float64, tied: bool = True) -> LoadedModel:
     """RMSNorm, rotary positions, grouped-query attention: SmolLM2's architecture."""
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, intermediate_size=24, max_position_embeddings=64, tie_word_embeddings=tied)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
     return build(LlamaForCausalLM, config, dtype)

@@ -6,9 +6,9 @@ stores its outcome in ``results/CHAPTER/``.
 Example
 -------
 >>> import ntkft
->>> result = ntkft.experiments.run("kernel_descent", tier="quick")
+>>> result = ntkft.experiments.run("stopping_rule", tier="quick")
 >>> result.chapter, result.tier
-('kernel_descent', 'quick')
+('stopping_rule', 'quick')
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 
 from ntkft.errors import InputError
 from ntkft.experiments.result import RESULTS, Result
-from ntkft.provenance import manifest
+from ntkft.provenance import manifest, peak_memory
 
 CHAPTERS = ("few_epochs", "kernel_descent", "stopping_rule")
 TIERS = ("quick", "full")
@@ -39,7 +39,7 @@ def run(chapter: str, tier: str = "quick", seed: int = 0) -> Result:
     if tier not in TIERS:
         raise InputError(f"There is no tier {tier!r}: choose quick or full.")
     name = f"ntkft.experiments.{chapter}"
-    started = time.perf_counter()
+    about, started = manifest(name, seed=seed), time.perf_counter()
     values, arrays = importlib.import_module(name).run(tier, seed=seed)
-    about = manifest(name, seed=seed, seconds=time.perf_counter() - started)
+    about |= {"seconds": round(time.perf_counter() - started, 1), "peak_memory_bytes": peak_memory()}
     return Result(chapter, tier, values, arrays, about)

@@ -27,7 +27,7 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
     gaps, measured, predicted, residuals, lam_1 = [], [], [], [], []
     for head in range(heads):
         readout = ntkft.pooled_readout(loaded, seed=head)
-        kernel = ntkft.empirical_ntk(readout, task.texts, progress=False)
+        kernel = ntkft.empirical_ntk(readout, task.texts, memory="800MB", progress=False)
         lam = kernel.spectrum().eigenvalues
         path = ntkft.descend(kernel, task.y, step_size=STEP / lam[0])
         with preserved_weights(readout):

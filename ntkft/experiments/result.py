@@ -12,12 +12,14 @@ Example
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ntkft.assets import home
 from ntkft.errors import InputError
 from ntkft.files import atomic_path, read_json, sha256_file, write_json
 from ntkft.provenance import PACKAGE, code_hash
@@ -81,15 +83,46 @@ class Result:
         about = read_json(found[0])
         for name, digest in about["sha256"].items():
             if not (folder / name).is_file() or sha256_file(folder / name) != digest:
-                raise InputError(f"{folder / name} does not match its manifest: run `ntkft run {about['chapter']} --tier {about['tier']}` again.")
+                raise InputError(
+                    f"{folder / name} does not match its manifest: "
+                    f"run `ntkft run {about['chapter']} --tier {about['tier']}` again."
+                )
         with np.load(folder / f"{about['tier']}.npz", allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
-        return cls(about["chapter"], about["tier"], read_json(folder / f"{about['tier']}.json"), arrays, about)
+        values = _restored(read_json(folder / f"{about['tier']}.json"))
+        return cls(about["chapter"], about["tier"], values, arrays, about)
 
     @property
     def stale(self) -> bool:
         """Whether the code behind the result has changed since it was run."""
         return self.manifest.get("code_sha256") != code_hash(self.manifest["module"])
+
+
+def resumable(
+    module: str, key: str, compute: Callable[[], dict[str, np.ndarray]], *, keep: bool = True
+) -> dict[str, np.ndarray]:
+    """Return ``compute()``, kept on disk so that an interrupted full run goes on where it stopped.
+
+    Parameters
+    ----------
+    module : str
+        The experiment; parts made by other code (`code_hash`) are not used.
+    key : str
+        Name of the part.
+    compute : callable
+        Gives the part, a dict of arrays.
+    keep : bool
+        False: always compute, store nothing (quick tier).
+    """
+    if not keep:
+        return compute()
+    path = home() / "runs" / module.rsplit(".", 1)[-1] / code_hash(module)[:16] / f"{key}.npz"
+    if not path.is_file():
+        part = compute()
+        with atomic_path(path) as temporary:
+            np.savez(temporary, **part)  # type: ignore[arg-type]
+    with np.load(path, allow_pickle=False) as data:
+        return {name: data[name] for name in data.files}
 
 
 def _plain(value: Any) -> Any:
@@ -105,3 +138,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def _restored(value: Any) -> Any:
+    """Undo `_plain`'s way of writing numbers that are not finite."""
+    if isinstance(value, dict):
+        return {k: _restored(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_restored(v) for v in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value

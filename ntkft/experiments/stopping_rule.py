@@ -98,19 +98,27 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
         kernel = stored_kernel(domain, make=tier == "full")
         task = ntkft.load_task(domain, n=TEXTS, seed=0)
         if not kernel.matches(task.texts):
-            raise ntkft.errors.InputError(f"The stored kernel of {domain} is for other texts: rerun the full tier.")
+            raise ntkft.errors.InputError(
+                f"The stored kernel of {domain} is for other texts: rerun the full tier."
+            )
         draws = [one_draw(kernel, task, k, seed) for k in range(DRAWS[tier])]
         for where, best in (("test", "oracle"), ("sample", "oracle_sample")):
             for rule in RULES:
                 excess = np.array([d[where][rule] / d[where][best] - 1 for d in draws])
                 arrays[f"{domain}_{where}_excess_{rule}"] = excess
                 middle, low, high = median_interval(excess)
-                values[f"{domain}_{where}_{rule}"] = {"median": middle, "low": low, "high": high, "mean": excess.mean()}
+                values[f"{domain}_{where}_{rule}"] = {
+                    "median": middle,
+                    "low": low,
+                    "high": high,
+                    "mean": excess.mean(),
+                }
         for name in (*RULES, "oracle", "oracle_sample"):
             arrays[f"{domain}_eta_{name}"] = np.array([d["times"][name] for d in draws])
         for name in ("norm", "sigma", "before", "lambda_1", "lambda_1_centred"):
             values[f"{domain}_{name}"] = float(np.median([d[name] for d in draws]))
         values[f"{domain}_oracle_error"] = float(np.median([d["test"]["oracle"] for d in draws]))
+        arrays[f"{domain}_oracle_test"] = np.array([d["test"]["oracle"] for d in draws])
         for name in ("test_curve", "sample_curve", "by_norm"):
             arrays[f"{domain}_{name}"] = np.array([d[name] for d in draws])
         values[f"{domain}_zero_shot_correlation"] = float(np.corrcoef(kernel.scores, task.reference)[0, 1])

@@ -23,7 +23,7 @@ Example
 (3, 3)
 """
 
-from ntkft.ntk.kernel import Kernel
 from ntkft.ntk.engine import empirical_ntk
+from ntkft.ntk.kernel import Kernel
 
 __all__ = ["Kernel", "empirical_ntk"]

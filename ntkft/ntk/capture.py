@@ -88,7 +88,9 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def capture(readout: Readout, token_ids: Sequence[list[int]], want: Wanted) -> tuple[Tensor, dict[str, list[Factor]]]:
+def capture(
+    readout: Readout, token_ids: Sequence[list[int]], want: Wanted
+) -> tuple[Tensor, dict[str, list[Factor]]]:
     """Run one batch forward and backward; return its scores (b,) and each parameter's factors, one per call.
 
     Raises
@@ -106,9 +108,13 @@ def capture(readout: Readout, token_ids: Sequence[list[int]], want: Wanted) -> t
             return (args[0].expand(b, -1), *args[1:])
         return None
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+    def record(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor | None:
         if not isinstance(output, Tensor):
-            raise InputError(_not_covered(want.modules[module].values(), module, "its output is not one tensor"))
+            raise InputError(
+                _not_covered(want.modules[module].values(), module, "its output is not one tensor")
+            )
         if output.shape[0] != b:
             reason = f"its output has first dimension {output.shape[0]} for {b} texts"
             raise InputError(_not_covered(want.modules[module].values(), module, reason))

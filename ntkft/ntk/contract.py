@@ -28,7 +28,11 @@ def contract(rows: Sequence[Column], columns: Sequence[Column], scratch: int) ->
     total: Tensor | None = None
     for left in rows:
         for right in columns:
-            part = _ghost(left, right, scratch) if _prefer_ghost(left, right) else _explicit(left, right, scratch)
+            part = (
+                _ghost(left, right, scratch)
+                if _prefer_ghost(left, right)
+                else _explicit(left, right, scratch)
+            )
             total = part if total is None else total + part
     assert total is not None
     return total

@@ -83,7 +83,7 @@ def empirical_ntk(
     """
     if precision != "exact":
         raise InputError(f"precision is {precision!r} and this version knows 'exact' only: drop the option.")
-    started = time.perf_counter()
+    started, code = time.perf_counter(), code_hash("ntkft.ntk.engine")
     budget = parse_memory(memory)
     every = readout.parameters()
     names = _select(list(every), parameters)
@@ -106,7 +106,9 @@ def empirical_ntk(
                 other_scores, right, other_order = _capture_all(readout, columns, want, bar)
             for name in group:
                 part = np.empty((n, m))
-                block = contract(left[name], right[name], budget // 4).numpy() if left[name] else np.zeros((n, m))
+                block = (
+                    contract(left[name], right[name], budget // 4).numpy() if left[name] else np.zeros((n, m))
+                )
                 part[np.ix_(order, other_order)] = block
                 _check(name, part if columns is None else None, left[name], order, check)
                 if columns is None:
@@ -120,19 +122,31 @@ def empirical_ntk(
     info = {
         "model": readout.loaded.info,
         "readout": readout.info,
-        "parameters": {"count": sum(every[k].numel() for k in names), "tensors": len(names),
-                       "sha256": sha256_text("\n".join(names))},
+        "parameters": {
+            "count": sum(every[k].numel() for k in names),
+            "tensors": len(names),
+            "sha256": sha256_text("\n".join(names)),
+        },
         "trace": trace,
         "precision": precision,
         "dtype": str(every[names[0]].dtype),
         "passes": len(groups),
         "seconds": round(time.perf_counter() - started, 1),
-        "code_sha256": code_hash("ntkft.ntk.engine"),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__,
-                     "python": platform.python_version()},
+        "code_sha256": code,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
     }
     return Kernel(
-        matrix, scores, other_scores, info, tuple(map(sha256_text, texts)), tuple(map(sha256_text, other or ()))
+        matrix,
+        scores,
+        other_scores,
+        info,
+        tuple(map(sha256_text, texts)),
+        tuple(map(sha256_text, other or ())),
     )
 
 
@@ -164,7 +178,9 @@ def _select(names: list[str], patterns: str | Sequence[str] | None) -> list[str]
     return [name for name in names if any(fnmatch.fnmatch(name, p) for p in wants)]
 
 
-def _autograd_norms(readout: Readout, names: list[str], token_ids: list[list[int]]) -> dict[int, dict[str, float]]:
+def _autograd_norms(
+    readout: Readout, names: list[str], token_ids: list[list[int]]
+) -> dict[int, dict[str, float]]:
     """Return ‖∂f(x_i)/∂p‖² of the shortest and the longest text by plain autograd: what the factors must give."""
     by_length = np.argsort([len(row) for row in token_ids], kind="stable")
     every = readout.parameters()
@@ -174,12 +190,19 @@ def _autograd_norms(readout: Readout, names: list[str], token_ids: list[list[int
         with torch.enable_grad():
             value = readout.module(**readout.collate([token_ids[i]])).sum()
             gradients = torch.autograd.grad(value, tensors, allow_unused=True)
-        result[i] = {k: 0.0 if g is None else float(g.double().square().sum()) for k, g in zip(names, gradients, strict=True)}
+        result[i] = {
+            k: 0.0 if g is None else float(g.double().square().sum())
+            for k, g in zip(names, gradients, strict=True)
+        }
     return result
 
 
 def _check(
-    name: str, part: np.ndarray | None, column: list[list[Factor]], order: np.ndarray, check: dict[int, dict[str, float]]
+    name: str,
+    part: np.ndarray | None,
+    column: list[list[Factor]],
+    order: np.ndarray,
+    check: dict[int, dict[str, float]],
 ) -> None:
     """Compare one parameter's diagonal with autograd on the two texts; raise if they differ."""
     if part is not None:
@@ -242,8 +265,10 @@ def _capture_all(
         for name, calls in factors.items():
             column = columns.setdefault(name, [[] for _ in calls])
             if len(column) != len(calls):
-                raise InputError(f"{name} is used {len(column)} times in one batch and {len(calls)} in batch {k}: "
-                                 "leave it out with parameters=.")
+                raise InputError(
+                    f"{name} is used {len(column)} times in one batch and {len(calls)} in batch {k}: "
+                    "leave it out with parameters=."
+                )
             for call, factor in zip(column, calls, strict=True):
                 call.append(factor)
         bar.update()
@@ -259,8 +284,14 @@ def loop_ntk(readout: Readout, texts: Sequence[str], other: Sequence[str] | None
         for ids in readout.encode(batch):
             value = readout.module(**readout.collate([ids])).sum()
             found = torch.autograd.grad(value, tensors, allow_unused=True)
-            rows.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
-                                   for g, p in zip(found, tensors, strict=True)]).double())
+            rows.append(
+                torch.cat(
+                    [
+                        torch.zeros_like(p).flatten() if g is None else g.flatten()
+                        for g, p in zip(found, tensors, strict=True)
+                    ]
+                ).double()
+            )
         return torch.stack(rows)
 
     left = gradients(texts)

@@ -72,7 +72,9 @@ class Kernel:
                 "rows and scores must be as many."
             )
         if self.other_scores is None and matrix.shape[0] != matrix.shape[1]:
-            raise InputError(f"A {matrix.shape} kernel is rectangular and other_scores is None: pass f0 of the columns.")
+            raise InputError(
+                f"A {matrix.shape} kernel is rectangular and other_scores is None: pass f0 of the columns."
+            )
         if self.other_scores is not None and len(self.other_scores) != matrix.shape[1]:
             raise InputError(
                 f"The kernel matrix has {matrix.shape[1]} columns and other_scores has {len(self.other_scores)} entries: "
@@ -87,7 +89,9 @@ class Kernel:
     def __repr__(self) -> str:
         n, m = self.matrix.shape
         source = self.info.get("model", {}).get("name", "unknown model")
-        return f"Kernel({n} x {m}, {source}, {self.info.get('readout', {}).get('readout', 'unknown')} read-out)"
+        return (
+            f"Kernel({n} x {m}, {source}, {self.info.get('readout', {}).get('readout', 'unknown')} read-out)"
+        )
 
     @property
     def n(self) -> int:
@@ -99,7 +103,9 @@ class Kernel:
         """Whether rows and columns are the same texts."""
         return self.other_scores is None
 
-    def block(self, rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray | None = None) -> Kernel:
+    def block(
+        self, rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray | None = None
+    ) -> Kernel:
         """Return the kernel between some texts (rows) and others (columns; the rows again if None).
 
         Example
@@ -131,7 +137,9 @@ class Kernel:
         from ntkft.spectrum import Spectrum
 
         if not self.square:
-            raise InputError(f"A {self.matrix.shape} kernel is rectangular and has no eigenvalues: use a square one.")
+            raise InputError(
+                f"A {self.matrix.shape} kernel is rectangular and has no eigenvalues: use a square one."
+            )
         matrix = self.matrix
         if centre:
             matrix = matrix - matrix.mean(0) - matrix.mean(1)[:, None] + matrix.mean()
@@ -145,7 +153,9 @@ class Kernel:
         """Write the kernel to a ``.npz`` file, atomically and without pickle. Returns the path."""
         path = Path(path)
         if path.suffix != ".npz":
-            raise InputError(f"A kernel is stored as .npz and the path is {path.name!r}: name it {path.stem}.npz.")
+            raise InputError(
+                f"A kernel is stored as .npz and the path is {path.name!r}: name it {path.stem}.npz."
+            )
         header = {"format": FORMAT, "info": self.info, "texts": self.texts, "other_texts": self.other_texts}
         arrays = {"matrix": self.matrix, "scores": self.scores, "header": np.array(json.dumps(header))}
         if self.other_scores is not None:
@@ -165,7 +175,9 @@ class Kernel:
         """
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"There is no kernel at {path}: compute it with empirical_ntk and save it there.")
+            raise InputError(
+                f"There is no kernel at {path}: compute it with empirical_ntk and save it there."
+            )
         remedy = "write kernels with Kernel.save"
         try:
             with np.load(path, allow_pickle=False) as data:
@@ -174,12 +186,21 @@ class Kernel:
                     raise InputError(f"{path} is no ntkft kernel, it has no {sorted(missing)}: {remedy}.")
                 header = json.loads(str(data["header"]))
                 if header.get("format") != FORMAT:
-                    raise InputError(f"{path} has format {header.get('format')!r}, this ntkft reads {FORMAT!r}: {remedy}.")
+                    raise InputError(
+                        f"{path} has format {header.get('format')!r}, this ntkft reads {FORMAT!r}: {remedy}."
+                    )
                 other = data["other_scores"] if "other_scores" in data.files else None
                 return cls(
-                    data["matrix"], data["scores"], other, header["info"], tuple(header["texts"]), tuple(header["other_texts"])
+                    data["matrix"],
+                    data["scores"],
+                    other,
+                    header["info"],
+                    tuple(header["texts"]),
+                    tuple(header["other_texts"]),
                 )
         except (ValueError, OSError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path} is no ntkft kernel ({type(error).__name__} while reading): {remedy}.") from None
+            raise InputError(
+                f"{path} is no ntkft kernel ({type(error).__name__} while reading): {remedy}."
+            ) from None
