@@ -57,7 +57,9 @@ def empirical_ntk(
     precision : "exact"
         Products in the model's own precision, sums over blocks in float64.
     memory : str or int
-        Working memory beside the model, as ``"2GB"`` or bytes. Less memory means more passes over the texts.
+        Working memory beside the model, as ``"2GB"`` or bytes: half for captured factors, a quarter for products. Less
+        memory means more passes over the texts. A target, not yet a hard limit: the check against autograd also
+        holds one gradient of all parameters for a moment.
     progress : bool
         Show a progress bar.
 
