@@ -63,3 +63,25 @@ def table(header: list[str], rows: list[list[str]]) -> Any:
 
     lines = [header, ["---"] * len(header), *rows]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+def glue_all(prefix: str, values: dict[str, Any]) -> None:
+    """Glue each entry as ``prefix_key``; a nested dict as ``prefix_key_inner``."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            glue_all(f"{prefix}_{key}", value)
+        else:
+            glue(f"{prefix}_{key}", value)
+
+
+# What the tables and legends call the domains and the rules, and what each rule needs.
+DOMAINS = {"amazon": "product reviews", "tweets": "tweets", "movies": "film reviews", "nyt": "editorials"}
+RULES = {
+    "rademacher": ("Rademacher, R = 1", "σ, R"),
+    "sure": ("SURE", "labels, σ"),
+    "gcv": ("GCV", "labels"),
+    "discrepancy": ("discrepancy", "labels, σ"),
+    "holdout": ("hold-out, patience 3", "labels, a fifth of them"),
+    "holdout_refit": ("hold-out, then retrained on all", "labels, a second run"),
+    "never": ("never stop", "–"),
+}

@@ -74,7 +74,7 @@ LEDGER = (
     Claim(
         "prop-ridge",
         _K,
-        "Flow fits between 1 and 1.2985 times as much as ridge with ν = 1/η; descent between 1 and 2.",
+        "Flow fits between 1 and 1.2984 times as much as ridge with ν = 1/η; descent between 1 and 2.",
         "numeric",
         kernel_descent.ridge_twin,
     ),

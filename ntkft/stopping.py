@@ -168,6 +168,11 @@ def holdout_rule(
         Kernel time between two looks; by default 1/λ_1, one step of the largest comfortable size.
     seed : int
         Seed of the split.
+
+    Returns
+    -------
+    StoppingTime
+        ``info["kept"]`` are the indices trained on.
     """
     n = kernel.n
     labels = check_labels(y, n)
@@ -195,7 +200,9 @@ def holdout_rule(
                 break
         look, chunk = look + chunk, min(2 * chunk, 4096)
     return StoppingTime(
-        best_eta, "holdout", {"held_out": held, "patience": patience, "every": gap, "seed": seed}
+        best_eta,
+        "holdout",
+        {"held_out": held, "kept": kept.tolist(), "patience": patience, "every": gap, "seed": seed},
     )
 
 

@@ -12,6 +12,7 @@ Example
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def resumable(
     key : str
         Name of the part.
     compute : callable
-        Gives the part, a dict of arrays.
+        Gives the part, a dict of arrays. Its seconds are stored with it.
     keep : bool
         False: always compute, store nothing (quick tier).
     """
@@ -118,7 +119,9 @@ def resumable(
         return compute()
     path = home() / "runs" / module.rsplit(".", 1)[-1] / code_hash(module)[:16] / f"{key}.npz"
     if not path.is_file():
+        started = time.perf_counter()
         part = compute()
+        part["seconds"] = np.array(time.perf_counter() - started)
         with atomic_path(path) as temporary:
             np.savez(temporary, **part)  # type: ignore[arg-type]
     with np.load(path, allow_pickle=False) as data:
