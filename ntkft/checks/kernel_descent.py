@@ -95,4 +95,7 @@ def minilm_follows_then_leaves(broken: bool = False) -> Verdict:
     first, last = arrays["gap"][:, 0], arrays["gap"][:, -1]  # (heads,)
     ahead = (arrays["residual"][:, 0, -1] < arrays["residual"][:, 1, -1]).all()  # real below closed form
     holds = (first < (0.001 if broken else 0.1)).all() and (last > 0.2).all() and ahead
-    return Verdict(bool(holds), f"first step at most {first.max():.3f}, last step at least {last.min():.2f}, network ahead")
+    return Verdict(
+        bool(holds),
+        f"first step at most {first.max():.3f}, last step at least {last.min():.2f}, network ahead",
+    )
