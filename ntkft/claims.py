@@ -144,7 +144,7 @@ LEDGER = (
     Claim(
         "obs-smollm2-rules",
         _S,
-        "On SmolLM2 the Rademacher rule's median excess test error is at most 3 % and below that of hold-out.",
+        "On SmolLM2 the Rademacher rule's median excess test error is at most 3 % and below that of hold-out, retrained or not.",
         "stored",
         stopping_rule.rule_on_smollm2,
     ),

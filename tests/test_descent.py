@@ -154,3 +154,44 @@ def test_errors_name_both_sides():
         descend(kernel, np.ones(4)).predict(1.0, np.ones((2, 3)))
     with pytest.raises(InputError, match="eta is -1"):
         descend(kernel, np.ones(4)).fitted(-1.0)
+
+
+@pytest.mark.parametrize("p", [3, 20])
+def test_a_free_intercept_is_gradient_descent_on_the_centred_loss(p):
+    """Descent on θ in f0 + Φθ + b, where b always fits the mean residual; no kernel, no eigenvector."""
+    phi, new = features(9, p, 12) + 2.0, features(4, p, 13) + 2.0  # a common part: the constant mode is large
+    rng = np.random.default_rng(14)
+    y, f0, f0_new = rng.standard_normal(9), rng.standard_normal(9), rng.standard_normal(4)
+    centred = phi - phi.mean(0)
+    step = 1.0 / np.linalg.eigvalsh(centred @ centred.T / 9)[-1]
+    descent = descend(phi @ phi.T, y, f0, step_size=step, intercept=True)
+    theta = np.zeros(p)
+    for t in range(1, 41):
+        left = f0 + phi @ theta - y
+        theta -= step * phi.T @ (left - left.mean()) / 9
+        b = (y - f0 - phi @ theta).mean()
+        np.testing.assert_allclose(descent.fitted(t * step), f0 + phi @ theta + b, atol=1e-9)
+        np.testing.assert_allclose(
+            descent.predict(t * step, new @ phi.T, f0_new), f0_new + new @ theta + b, atol=1e-9
+        )
+    assert descent.degrees_of_freedom(0.0) == 1.0
+
+
+def test_risk_with_an_intercept_is_the_simulated_risk():
+    rng = np.random.default_rng(15)
+    phi = features(10, 30, 16) + 1.0
+    truth, sigma, eta = phi[:, 0] + 3.0, 0.7, 0.05
+    exact = descend(phi @ phi.T, truth, intercept=True)
+    risk = float(exact.bias2(eta, truth) + exact.variance(eta, sigma))
+    draws = [
+        (
+            (
+                descend(phi @ phi.T, truth + sigma * rng.standard_normal(10), intercept=True).fitted(eta)
+                - truth
+            )
+            ** 2
+        ).mean()
+        for _ in range(3000)
+    ]
+    error = np.std(draws) / np.sqrt(len(draws))
+    assert abs(np.mean(draws) - risk) < 4 * error and error < 0.02 * risk

@@ -170,13 +170,14 @@ def rule_on_smollm2(broken: bool = False) -> Verdict:
     values = Result.load(RESULTS / "stopping_rule", "full").values
     limit = 0.003 if broken else 0.03
     medians = {
-        d: (values[f"{d}_test_rademacher"]["median"], values[f"{d}_test_holdout"]["median"])
+        d: tuple(values[f"{d}_test_{rule}"]["median"] for rule in ("rademacher", "holdout", "holdout_refit"))
         for d in ("amazon", "tweets")
     }
-    holds = all(ours <= limit and ours < holdout for ours, holdout in medians.values())
-    return Verdict(
-        holds, "; ".join(f"{d}: {100 * a:.1f} % against {100 * b:.1f} %" for d, (a, b) in medians.items())
+    holds = all(ours <= limit and ours < min(others) for ours, *others in medians.values())
+    told = "; ".join(
+        f"{d}: {100 * a:.1f} % against {100 * b:.1f} and {100 * c:.1f} %" for d, (a, b, c) in medians.items()
     )
+    return Verdict(holds, told)
 
 
 def norm_is_tolerant(broken: bool = False) -> Verdict:
