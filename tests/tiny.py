@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     BertConfig,
@@ -49,11 +51,11 @@ def wrap(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(model.eval().to(dtype), WordTokenizer(), {"name": type(model).__name__, "kind": kind})
 
 
-def build(factory: type, config: PretrainedConfig, dtype: torch.dtype = torch.float64) -> LoadedModel:
+def build(factory: type, config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> LoadedModel:
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = factory(config)
+        model = factory(config, **options)
         # Initial biases are zero and norms one: move them, or mistakes there hide.
         for p in model.parameters():
             p.data.add_(0.05 * torch.randn_like(p))
@@ -69,13 +71,7 @@ def bert(dtype: torch.dtype = torch.float64) -> LoadedModel:
         intermediate_size=24,
         max_position_embeddings=64,
     )
-    config._attn_implementation = "eager"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = BertModel(config, add_pooling_layer=False)
-        for p in model.parameters():
-            p.data.add_(0.05 * torch.randn_like(p))
-    return wrap(model, "encoder", dtype)
+    return build(BertModel, config, dtype, add_pooling_layer=False)
 
 
 def gpt2(dtype: torch.dtype = torch.float64) -> LoadedModel:
