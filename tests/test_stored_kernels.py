@@ -1,0 +1,35 @@
+"""The stored kernels of SmolLM2 against the present engine: a few entries, computed anew.
+
+Results do not go stale when the engine is rewritten. This is what holds it to the numbers that are stored.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import ntkft
+from ntkft.experiments.stopping_rule import DOMAINS, TEXTS, stored_kernel
+
+
+@pytest.fixture(scope="module")
+def readout() -> ntkft.Readout:
+    return ntkft.prompt_readout(ntkft.load_model("smollm2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_entries_are_what_the_engine_computes_today(readout, domain):
+    task = ntkft.load_task(domain, n=TEXTS, seed=0)
+    stored = stored_kernel(domain)
+    assert stored.matches(task.texts)
+    rows = np.argsort([len(text) for text in task.texts])[
+        [0, 60, 128]
+    ]  # short ones: the check should be quick
+    texts = [task.texts[i] for i in rows]
+    fresh = ntkft.empirical_ntk(readout, texts, progress=False)
+    error = np.linalg.norm(fresh.matrix - stored.block(rows).matrix) / np.linalg.norm(fresh.matrix)
+    assert error < 1e-5, (
+        f"the stored kernel of {domain} differs by {error:.1e}: `ntkft run stopping_rule --tier full`"
+    )
+    np.testing.assert_allclose(fresh.scores, stored.scores[rows], atol=1e-3)
