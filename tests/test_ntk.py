@@ -135,24 +135,24 @@ def test_a_use_that_the_factors_do_not_cover_is_an_error_and_names_the_parameter
         kernel(sneaky)
 
 
-def test_a_module_called_without_a_batch_is_an_error_that_names_it():
-    class Shared(nn.Module):
-        """Adds the norm of a table that is looked up once for all texts."""
+def test_a_module_called_once_for_all_texts_is_exact_too():
+    """Its output has no row for each text, so the texts are captured one by one."""
 
+    class Shared(nn.Module):
         def __init__(self, inner):
             super().__init__()
             self.inner, self.table = inner, nn.Linear(3, 1).double()
+            self.norm = nn.LayerNorm(3).double()
 
         def forward(self, input_ids, attention_mask):
-            return (
-                self.inner(input_ids, attention_mask)
-                + self.table(torch.ones(1, 3, dtype=torch.float64))[0, 0]
-            )
+            shared = self.table(self.norm(torch.arange(3.0, dtype=torch.float64)[None, :]))[0, 0]
+            return self.inner(input_ids, attention_mask) * (1 + shared)
 
     plain = pooled_bert()
     shared = Readout(Shared(plain.module), plain.loaded, plain._encode, {"readout": "shared"})
-    with pytest.raises(InputError, match=r"table\.weight, table\.bias cannot be split by text"):
-        kernel(shared)
+    result = kernel(shared)
+    assert relative(result.matrix, loop_ntk(shared, tiny.TEXTS)) < 1e-10
+    assert result.info["batch"] == 1 and kernel(plain).info["batch"] > 1
 
 
 @pytest.mark.parametrize(

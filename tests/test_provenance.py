@@ -352,7 +352,8 @@ def complaint_about_kernel(path: Path) -> str | None:
     except InputError as error:
         return str(error)
     if len(kernel.texts) != kernel.n or "code_sha256" not in kernel.info:
-        return f"{path} does not say of which texts and which code it is: compute it again (`ntkft run {path.parent.name} --tier full`)"
+        again = f"`ntkft run {path.parent.name} --tier full`"
+        return f"{path} does not say of which texts and which code it is: compute it again ({again})"
     return None
 
 

@@ -6,6 +6,9 @@ So is an embedding's, with a one-hot :math:`a`. One forward and one backward pas
 :math:`a` and :math:`g` at once, because text :math:`i` influences only its own output. Nothing of the size of the
 weights is ever stored. For any other layer (norms, biases) the per-text gradient is small and is
 computed outright by ``vmap(vjp)`` of that layer alone.
+
+Some models call a layer on all tokens of all texts at once, or look a table up once for the whole batch.
+There the texts of a batch cannot be told apart, and `MixedBatch` says so; one text at a time, nothing is mixed.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ntkft.errors import InputError
 from ntkft.readout import Readout
+
+
+class MixedBatch(InputError):
+    """A layer's call does not keep the texts of a batch apart; capture them one by one."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,10 @@ def capture(
 
     Raises
     ------
+    MixedBatch
+        If there are several texts and a layer's call has no row for each.
     InputError
-        If a layer mixes the texts of a batch or is called without a batch dimension.
+        If a layer's output is not one tensor.
     """
     b = len(token_ids)
     calls: list[_Call] = []
@@ -115,9 +124,9 @@ def capture(
             raise InputError(
                 _not_covered(want.modules[module].values(), module, "its output is not one tensor")
             )
-        if output.shape[0] != b:
+        if b > 1 and output.shape[0] != b:
             reason = f"its output has first dimension {output.shape[0]} for {b} texts"
-            raise InputError(_not_covered(want.modules[module].values(), module, reason))
+            raise MixedBatch(_not_covered(want.modules[module].values(), module, reason))
         if not output.requires_grad:
             output.requires_grad_()
         calls.append(_Call(module, args, kwargs, output))
@@ -126,7 +135,7 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(_frozen(readout.module))
         for module in want.modules:
-            if isinstance(module, nn.Embedding):
+            if _plain(module) and isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_pre_hook(expand).remove)
             stack.callback(module.register_forward_hook(record, with_kwargs=True).remove)
         with torch.enable_grad():
@@ -136,16 +145,15 @@ def capture(
     factors: dict[str, list[Factor]] = {name: [] for name in want.names}
     for call, g in zip(calls, gradients, strict=True):
         if g is not None:
-            for name, factor in _factors(call, g, want.modules[call.module]):
+            for name, factor in _factors(call, g, want.modules[call.module], b):
                 factors[name].append(factor)
     return scores.detach(), factors
 
 
-def _factors(call: _Call, g: Tensor, local: dict[str, str]) -> Iterator[tuple[str, Factor]]:
-    """Yield (parameter, factor) for one call with output gradient g (b, ..., d_out)."""
-    module, b = call.module, g.shape[0]
-    rest = dict(local)
-    if isinstance(module, nn.Linear | Conv1D | nn.Embedding) and "weight" in rest:
+def _factors(call: _Call, g: Tensor, local: dict[str, str], b: int) -> Iterator[tuple[str, Factor]]:
+    """Yield (parameter, factor) for one call with output gradient g (b, ..., d_out); any shape if b is 1."""
+    module, rest = call.module, dict(local)
+    if _plain(module) and "weight" in rest:
         g3 = g.reshape(b, -1, g.shape[-1])  # (b, T, d_out)
         source = call.args[0] if call.args else next(iter(call.kwargs.values()))
         if isinstance(module, nn.Embedding):
@@ -162,8 +170,14 @@ def _factors(call: _Call, g: Tensor, local: dict[str, str]) -> Iterator[tuple[st
         if "bias" in rest:
             yield rest.pop("bias"), explicit_factor(g3.sum(1))
     if rest:
-        for key, gradient in _vmap_vjp(call, g, tuple(rest)).items():
+        for key, gradient in _vmap_vjp(call, g, tuple(rest), b).items():
             yield rest[key], explicit_factor(gradient)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a layer is one of those with outer-product gradients, and no subclass with a forward of its own."""
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def explicit_factor(gradient: Tensor) -> Factor:
@@ -183,13 +197,17 @@ def _drop_zero_rows(a: Tensor, g: Tensor) -> Factor:
     return Factor(a.gather(1, index.squeeze(-1)) if a.ndim == 2 else torch.take_along_dim(a, index, 1), g)
 
 
-def _vmap_vjp(call: _Call, g: Tensor, local: tuple[str, ...]) -> dict[str, Tensor]:
+def _vmap_vjp(call: _Call, g: Tensor, local: tuple[str, ...], b: int) -> dict[str, Tensor]:
     """Per-text gradients (b, ...) of a module's own small parameters, by vmap over vjp of that module alone."""
-    module, b = call.module, g.shape[0]
+    module = call.module
     parameters = {k: module._parameters[k].detach() for k in local}  # type: ignore[union-attr]
-    tensors = [a.detach() for a in call.args if isinstance(a, Tensor)]
-    if len(tensors) != len(call.args) or call.kwargs or any(t.shape[:1] != (b,) for t in tensors):
-        raise InputError(_not_covered(local, module, "its inputs are not tensors with one row per text"))
+    args = [a.detach() if isinstance(a, Tensor) else a for a in call.args]
+    if b == 1:  # one text: the call as it was, whatever its shapes
+        kwargs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.kwargs.items()}
+        pull_back = vjp(lambda p: functional_call(module, p, tuple(args), kwargs), parameters)[1]
+        return {k: gradient.unsqueeze(0) for k, gradient in pull_back(g.detach())[0].items()}
+    if call.kwargs or any(not isinstance(a, Tensor) or a.shape[:1] != (b,) for a in args):
+        raise MixedBatch(_not_covered(local, module, "its inputs are not tensors with one row per text"))
 
     def one_text(g_i: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
         def forward(p: dict[str, Tensor]) -> Tensor:
@@ -197,7 +215,7 @@ def _vmap_vjp(call: _Call, g: Tensor, local: tuple[str, ...]) -> dict[str, Tenso
 
         return vjp(forward, parameters)[1](g_i)[0]
 
-    return vmap(one_text)(g.detach(), *tensors)
+    return vmap(one_text)(g.detach(), *args)
 
 
 def _not_covered(names: Iterable[str], module: nn.Module, reason: str) -> str:

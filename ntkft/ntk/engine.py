@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ntkft.errors import InputError
 from ntkft.files import sha256_text
-from ntkft.ntk.capture import Factor, Wanted, capture, wanted
+from ntkft.ntk.capture import Factor, MixedBatch, Wanted, capture, wanted
 from ntkft.ntk.contract import contract
 from ntkft.ntk.kernel import Kernel
 from ntkft.provenance import code_hash
@@ -93,19 +93,20 @@ def empirical_ntk(
     columns = None if other is None else readout.encode(other)
 
     check = _autograd_norms(readout, names, rows)
-    groups = _groups(readout, names, rows + (columns or []), budget // 2)
+    batch = _batch_size(readout, names, rows + (columns or []))
+    groups = _groups(readout, names, rows + (columns or []), batch, budget // 2)
     n, m = len(rows), len(columns or rows)
     matrix = np.zeros((n, m))
     trace: dict[str, float] = {}
-    steps = len(groups) * (-(-n // BATCH) + (0 if columns is None else -(-m // BATCH))) + len(names)
+    steps = len(groups) * (-(-n // batch) + (0 if columns is None else -(-m // batch))) + len(names)
     with tqdm(total=steps, disable=not progress, desc="empirical NTK", unit="step") as bar:
         for group in groups:
             want = wanted(readout, group)
-            scores, left, order = _capture_all(readout, rows, want, bar)
+            scores, left, order = _capture_all(readout, rows, want, batch, bar)
             if columns is None:
                 other_scores, right, other_order = None, left, order
             else:
-                other_scores, right, other_order = _capture_all(readout, columns, want, bar)
+                other_scores, right, other_order = _capture_all(readout, columns, want, batch, bar)
             for name in group:
                 part = np.empty((n, m))
                 block = (
@@ -133,6 +134,7 @@ def empirical_ntk(
         "precision": precision,
         "dtype": str(every[names[0]].dtype),
         "passes": len(groups),
+        "batch": batch,
         "seconds": round(time.perf_counter() - started, 1),
         "code_sha256": code,
         "versions": {
@@ -233,10 +235,22 @@ def _self_product(column: list[list[Factor]], position: int) -> float:
     return float(contract(single, single, 2**26)) if single else 0.0
 
 
-def _groups(readout: Readout, names: list[str], token_ids: list[list[int]], budget: int) -> list[list[str]]:
+def _batch_size(readout: Readout, names: list[str], token_ids: list[list[int]]) -> int:
+    """Return BATCH, or 1 if the model has a layer that does not keep the texts of a batch apart."""
+    longest = max(token_ids, key=len)
+    try:
+        capture(readout, [longest, longest], wanted(readout, names))
+    except MixedBatch:
+        return 1
+    return BATCH
+
+
+def _groups(
+    readout: Readout, names: list[str], token_ids: list[list[int]], batch: int, budget: int
+) -> list[list[str]]:
     """Split the parameters, in the model's order, into groups whose factors fit into `budget` bytes."""
     longest = max(token_ids, key=len)
-    batches = length_sorted_batches(token_ids, BATCH)
+    batches = length_sorted_batches(token_ids, batch)
     padded = sum(len(b) * max(len(token_ids[i]) for i in b) for b in batches)
     _, probe = capture(readout, [longest], wanted(readout, names))
     groups: list[list[str]] = [[]]
@@ -255,12 +269,12 @@ def _groups(readout: Readout, names: list[str], token_ids: list[list[int]], budg
 
 
 def _capture_all(
-    readout: Readout, token_ids: list[list[int]], want: Wanted, bar: Any
+    readout: Readout, token_ids: list[list[int]], want: Wanted, batch_size: int, bar: Any
 ) -> tuple[np.ndarray, dict[str, list[list[Factor]]], np.ndarray]:
     """Capture all texts; return scores (n,), the factors by parameter and call, and the order they are in."""
     scores = np.empty(len(token_ids))
     columns: dict[str, list[list[Factor]]] = {}
-    batches = length_sorted_batches(token_ids, BATCH)
+    batches = length_sorted_batches(token_ids, batch_size)
     for k, batch in enumerate(batches):
         values, factors = capture(readout, [token_ids[i] for i in batch], want)
         scores[batch] = values.double().cpu().numpy()
