@@ -13,16 +13,6 @@ import numpy as np
 from ntkft.errors import InputError
 from ntkft.experiments.result import RESULTS, Result
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe & Ito: safe for all eyes
-
 
 def use_style() -> None:
     """Use the book's plot style: white ground (legible on light and dark pages), colours safe for all eyes."""
@@ -66,12 +56,9 @@ def table(header: list[str], rows: list[list[str]]) -> Any:
 
 
 def glue_all(prefix: str, values: dict[str, Any]) -> None:
-    """Glue each entry as ``prefix_key``; a nested dict as ``prefix_key_inner``."""
+    """Glue each entry as ``prefix_key``."""
     for key, value in values.items():
-        if isinstance(value, dict):
-            glue_all(f"{prefix}_{key}", value)
-        else:
-            glue(f"{prefix}_{key}", value)
+        glue(f"{prefix}_{key}", value)
 
 
 # What the tables and legends call the domains and the rules, and what each rule needs.

@@ -12,6 +12,7 @@ from ntkft.errors import InputError
 from ntkft.ntk.engine import loop_ntk, parse_memory
 from ntkft.readout import Readout
 from tests import tiny
+from tests.helpers import relative
 
 WORDS = {"template": "{text} it was", "positive": "good", "negative": "bad"}
 
@@ -27,10 +28,6 @@ READOUTS = {
     "llama-untied": lambda dtype=torch.float64: ntkft.prompt_readout(tiny.llama(dtype, tied=False), **WORDS),
     "llama-pooled": lambda dtype=torch.float64: ntkft.pooled_readout(tiny.llama(dtype)),
 }
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def kernel(readout, texts=tiny.TEXTS, other=None, **options):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -12,6 +11,7 @@ import ntkft
 from ntkft.ntk.engine import loop_ntk
 from ntkft.readout import Readout
 from tests import tiny
+from tests.helpers import relative
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 COMMON = {"vocab_size": tiny.VOCABULARY, "max_position_embeddings": 64}
@@ -49,7 +49,7 @@ def prompt(loaded: ntkft.LoadedModel) -> Readout:
 def error(readout: Readout) -> float:
     exact = loop_ntk(readout, tiny.TEXTS)
     kernel = ntkft.empirical_ntk(readout, tiny.TEXTS, progress=False)
-    return float(np.linalg.norm(kernel.matrix - exact) / np.linalg.norm(exact))
+    return relative(kernel.matrix, exact)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

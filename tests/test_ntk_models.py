@@ -12,6 +12,7 @@ import ntkft
 from ntkft.ntk.engine import loop_ntk
 from ntkft.readout import Readout
 from tests import tiny
+from tests.helpers import relative
 
 TEXTS = [
     "A quiet triumph, start to finish.",
@@ -24,10 +25,6 @@ TEXTS = [
     "What were they thinking when they glued the lid shut?",
 ]  # 1 to 13 words
 LONG = "The plot keeps turning, and so does the reader's stomach. " * 40
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def lean_loop(readout: Readout, texts: Sequence[str], at_once: int = 40_000_000) -> np.ndarray:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ntkft import Kernel, Spectrum, descend, stopping
 from ntkft.errors import InputError
+from tests.helpers import relabelled
 
 
 def problem(n=40, sigma=0.5, seed=0, decay=1.5):
@@ -62,16 +63,12 @@ def test_sure_is_unbiased_for_the_risk():
     risk = float(exact.bias2(eta, truth) + exact.variance(eta, sigma))
     draws = []
     for _ in range(3000):
-        d = descend_again(exact, truth + sigma * rng.standard_normal(kernel.n))
+        d = relabelled(exact, truth + sigma * rng.standard_normal(kernel.n))
         draws.append(
             float(d.residual(eta)) - sigma**2 + 2 * sigma**2 * float(d.degrees_of_freedom(eta)) / kernel.n
         )
     error = np.std(draws) / np.sqrt(len(draws))
     assert abs(np.mean(draws) - risk) < 4 * error and error < 0.05 * risk
-
-
-def descend_again(descent, y):
-    return type(descent)(descent.eigenvalues, descent.vectors, y, descent.f0, descent.step_size)
 
 
 def brute(objective, descent):

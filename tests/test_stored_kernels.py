@@ -10,6 +10,7 @@ import pytest
 
 import ntkft
 from ntkft.experiments.stopping_rule import DOMAINS, TEXTS, stored_kernel
+from tests.helpers import relative
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def test_entries_are_what_the_engine_computes_today(readout, domain):
     ]  # short ones: the check should be quick
     texts = [task.texts[i] for i in rows]
     fresh = ntkft.empirical_ntk(readout, texts, progress=False)
-    error = np.linalg.norm(fresh.matrix - stored.block(rows).matrix) / np.linalg.norm(fresh.matrix)
+    error = relative(stored.block(rows).matrix, fresh.matrix)
     assert error < 1e-5, (
         f"the stored kernel of {domain} differs by {error:.1e}: `ntkft run stopping_rule --tier full`"
     )

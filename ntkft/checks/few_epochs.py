@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ntkft.checks import Verdict
+from ntkft.experiments.few_epochs import DOMAINS
 from ntkft.experiments.result import RESULTS, Result
-
-MINILM = ("tweets", "amazon", "movies", "nyt")
 
 
 def _stored() -> Result:
@@ -17,7 +16,7 @@ def _stored() -> Result:
 def a_few_epochs_are_best(broken: bool = False) -> Verdict:
     """Every stored MiniLM run: the best of twelve epochs is among 2..8."""
     arrays, last = _stored().arrays, 4 if broken else 8
-    best = np.concatenate([arrays[f"minilm_{d}_error"].argmin(1) for d in MINILM])
+    best = np.concatenate([arrays[f"minilm_{d}_error"].argmin(1) for d in DOMAINS])
     return Verdict(
         bool((best >= 2).all() and (best <= last).all()),
         f"{len(best)} runs, best epochs from {best.min()} to {best.max()}",
@@ -38,8 +37,8 @@ def training_on_leaves_the_truth(broken: bool = False) -> Verdict:
 def prediction_is_early_and_of_the_right_size(broken: bool = False) -> Verdict:
     """Every stored MiniLM run: best epoch / predicted epoch lies between 1 and 3."""
     arrays = _stored().arrays
-    best = np.concatenate([arrays[f"minilm_{d}_error"].argmin(1) for d in MINILM])
-    ratio = best / np.concatenate([arrays[f"minilm_{d}_predicted"] for d in MINILM])
+    best = np.concatenate([arrays[f"minilm_{d}_error"].argmin(1) for d in DOMAINS])
+    ratio = best / np.concatenate([arrays[f"minilm_{d}_predicted"] for d in DOMAINS])
     low, high = (1.0, 1.5) if broken else (1.0, 3.0)
     holds = (ratio >= low).all() and (ratio <= high).all()
     return Verdict(bool(holds), f"best / predicted from {ratio.min():.2f} to {ratio.max():.2f}")

@@ -10,6 +10,7 @@ from ntkft import stopping
 from ntkft.checks import Verdict
 from ntkft.descent import Descent, descend
 from ntkft.experiments.result import RESULTS, Result
+from ntkft.experiments.stopping_rule import DOMAINS
 from ntkft.spectrum import Spectrum
 
 E = np.e
@@ -171,7 +172,7 @@ def rule_on_smollm2(broken: bool = False) -> Verdict:
     limit = 0.003 if broken else 0.03
     medians = {
         d: tuple(values[f"{d}_test_{rule}"]["median"] for rule in ("rademacher", "holdout", "holdout_refit"))
-        for d in ("amazon", "tweets")
+        for d in DOMAINS
     }
     holds = all(ours <= limit and ours < min(others) for ours, *others in medians.values())
     told = "; ".join(
@@ -184,7 +185,7 @@ def norm_is_tolerant(broken: bool = False) -> Verdict:
     """Stored draws: R in [0.63, 1.26] costs at most 3 %; R = 0.1 more than 15 %, and on tweets R = 10 too."""
     result = Result.load(RESULTS / "stopping_rule", "full")
     norms, holds, worst, least = result.arrays["norms"], True, 0.0, np.inf
-    for domain in ("amazon", "tweets"):
+    for domain in DOMAINS:
         excess = (
             np.median(
                 result.arrays[f"{domain}_by_norm"] / result.arrays[f"{domain}_oracle_test"][:, None], axis=0

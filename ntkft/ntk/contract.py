@@ -83,7 +83,8 @@ def _gradient_block(column: Column, start: int, stop: int) -> Tensor:
 def _ghost(rows: Column, columns: Column, scratch: int) -> Tensor:
     """Sum products of token Gram matrices, block of texts by block of texts."""
     total = torch.zeros(_texts(rows), _texts(columns), dtype=torch.float64)
-    rows, columns = _merged(rows), _merged(columns)
+    merged = _merged(rows)
+    rows, columns = merged, merged if columns is rows else _merged(columns)
     i = 0
     for a in rows:
         j = 0

@@ -93,8 +93,7 @@ def empirical_ntk(
     columns = None if other is None else readout.encode(other)
 
     check = _autograd_norms(readout, names, rows)
-    batch = _batch_size(readout, names, rows + (columns or []))
-    groups = _groups(readout, names, rows + (columns or []), batch, budget // 2)
+    batch, groups = _plan(readout, names, rows + (columns or []), budget // 2)
     n, m = len(rows), len(columns or rows)
     matrix = np.zeros((n, m))
     trace: dict[str, float] = {}
@@ -191,14 +190,17 @@ def _autograd_norms(
     tensors = [every[name] for name in names]
     result = {}
     for i in {int(by_length[0]), int(by_length[-1])}:
-        with torch.enable_grad():
-            value = readout.module(**readout.collate([token_ids[i]])).sum()
-            gradients = torch.autograd.grad(value, tensors, allow_unused=True)
-        result[i] = {
-            k: 0.0 if g is None else float(g.double().square().sum())
-            for k, g in zip(names, gradients, strict=True)
-        }
+        gradients = _autograd(readout, token_ids[i], tensors)
+        result[i] = {k: float(g.double().square().sum()) for k, g in zip(names, gradients, strict=True)}
     return result
+
+
+def _autograd(readout: Readout, ids: list[int], tensors: list[Tensor]) -> list[Tensor]:
+    """Return one text's gradient with respect to each tensor by plain autograd; zeros where it has no part."""
+    with torch.enable_grad():
+        value = readout.module(**readout.collate([ids])).sum()
+        found = torch.autograd.grad(value, tensors, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, tensors, strict=True)]
 
 
 def _check(
@@ -235,37 +237,34 @@ def _self_product(column: list[list[Factor]], position: int) -> float:
     return float(contract(single, single, 2**26)) if single else 0.0
 
 
-def _batch_size(readout: Readout, names: list[str], token_ids: list[list[int]]) -> int:
-    """Return BATCH, or 1 if the model has a layer that does not keep the texts of a batch apart."""
-    longest = max(token_ids, key=len)
+def _plan(
+    readout: Readout, names: list[str], token_ids: list[list[int]], budget: int
+) -> tuple[int, list[list[str]]]:
+    """Choose the texts per batch, and split the parameters into groups whose factors fit into `budget` bytes.
+
+    The longest text, twice, shows how large the factors are and whether the model keeps the texts of a batch apart.
+    """
+    longest, want = max(token_ids, key=len), wanted(readout, names)
     try:
-        capture(readout, [longest, longest], wanted(readout, names))
+        batch, probe = BATCH, capture(readout, [longest, longest], want)[1]
     except MixedBatch:
-        return 1
-    return BATCH
-
-
-def _groups(
-    readout: Readout, names: list[str], token_ids: list[list[int]], batch: int, budget: int
-) -> list[list[str]]:
-    """Split the parameters, in the model's order, into groups whose factors fit into `budget` bytes."""
-    longest = max(token_ids, key=len)
+        batch, probe = 1, capture(readout, [longest], want)[1]
     batches = length_sorted_batches(token_ids, batch)
     padded = sum(len(b) * max(len(token_ids[i]) for i in b) for b in batches)
-    _, probe = capture(readout, [longest], wanted(readout, names))
     groups: list[list[str]] = [[]]
     filled = 0
-    for name in names:
+    for name in names:  # in the model's order
         size = 0
         for factor in probe[name]:
-            copies = len(token_ids) if factor.right.shape[1] == 1 else padded / factor.right.shape[1]
-            size += int(factor.bytes() * copies)
+            texts, tokens = factor.right.shape[:2]
+            rows = len(token_ids) if tokens == 1 else padded
+            size += int(factor.bytes() * rows / (texts * tokens))
         if groups[-1] and filled + size > budget:
             groups.append([])
             filled = 0
         groups[-1].append(name)
         filled += size
-    return groups
+    return batch, groups
 
 
 def _capture_all(
@@ -293,22 +292,11 @@ def _capture_all(
 
 def loop_ntk(readout: Readout, texts: Sequence[str], other: Sequence[str] | None = None) -> np.ndarray:
     """Compute the same matrix by one ``autograd.grad`` per text: slow, short, and the oracle of every test."""
+    tensors = list(readout.parameters().values())
 
     def gradients(batch: Sequence[str]) -> Tensor:
-        tensors = list(readout.parameters().values())
-        rows = []
-        for ids in readout.encode(batch):
-            value = readout.module(**readout.collate([ids])).sum()
-            found = torch.autograd.grad(value, tensors, allow_unused=True)
-            rows.append(
-                torch.cat(
-                    [
-                        torch.zeros_like(p).flatten() if g is None else g.flatten()
-                        for g, p in zip(found, tensors, strict=True)
-                    ]
-                ).double()
-            )
-        return torch.stack(rows)
+        rows = (_autograd(readout, ids, tensors) for ids in readout.encode(batch))
+        return torch.stack([torch.cat([g.flatten() for g in row]).double() for row in rows])
 
     left = gradients(texts)
     right = left if other is None else gradients(other)
