@@ -1,4 +1,4 @@
-"""The command line, ``ntkft``: fetch assets, compute kernels, read their spectrum, run a chapter.
+"""The command line, ``ntkft``: fetch assets, plan and compute kernels, read their spectrum, run a chapter.
 
 Every command prints for people, or one JSON object with ``--json``. An error that `ntkft` raises on purpose is one
 line on stderr and exit status 1.
@@ -70,52 +70,116 @@ def fetch(
         typer.echo(json.dumps(found))
 
 
-@app.command()
-def kernel(
-    data: Annotated[
-        str,
-        typer.Option(help="amazon, movies, nyt, tweets, reuters, newsgroups, a CSV/JSONL path, or hf:ID."),
-    ],
-    out: Annotated[Path, typer.Option(help="Where to write the kernel (.npz).")],
-    model: Annotated[str, typer.Option(help="minilm, smollm2, or any Hugging Face id or folder.")] = "minilm",
-    n: Annotated[int | None, typer.Option(help="Number of texts; all if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of texts (and of the head, for pooled).")] = 0,
-    readout: Annotated[
-        Literal["auto", "prompt", "pooled"],
-        typer.Option(help="auto: prompt for causal models, pooled for encoders."),
-    ] = "auto",
-    parameters: Annotated[
-        str | None, typer.Option(help="Shell pattern of the parameters that count.")
-    ] = None,
-    memory: Annotated[str, typer.Option(help="Working memory beside the model.")] = "2GB",
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts in your own data.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels in your own data.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Compute the exact empirical NTK of a model on some texts."""
-    if out.suffix != ".npz":
-        raise InputError(f"A kernel is stored as .npz and --out is {out.name!r}: name it {out.stem}.npz.")
-    if not os.access(next(p for p in out.absolute().parents if p.exists()), os.W_OK):
-        raise InputError(f"--out is {out} and its folder cannot be written to: choose another place.")
+# The options of `kernel` and `plan`, which differ in nothing but whether the kernel is computed.
+Data = Annotated[str, typer.Option(help="amazon, movies, nyt, tweets, reuters, newsgroups, a CSV/JSONL path, or hf:ID.")]
+Model = Annotated[str, typer.Option(help="minilm, smollm2, or any Hugging Face id or folder.")]
+Texts = Annotated[int | None, typer.Option(help="Number of texts; all if not given.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draw of texts (and of the head, for pooled).")]
+ReadoutName = Annotated[
+    Literal["auto", "prompt", "pooled"], typer.Option(help="auto: prompt for causal models, pooled for encoders.")
+]
+Parameters = Annotated[str | None, typer.Option(help="Shell pattern of the parameters that count, such as '*attention*'.")]
+Blocks = Annotated[
+    Literal["kind", "layer"] | None,
+    typer.Option(help="Also keep the kernel of each block: kind (attention.q, mlp, ...) or layer."),
+]
+Precision = Annotated[
+    Literal["exact", "fast"],
+    typer.Option(help="fast: the machine's bf16 units, with a measured error; refused where that is too large."),
+]
+Memory = Annotated[str, typer.Option(help="Working memory beside the model; what does not fit goes to disk.")]
+TextColumn = Annotated[str | None, typer.Option(help="Column of the texts in your own data.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels in your own data.")]
+
+
+def _inputs(
+    data: str,
+    model: str,
+    n: int | None,
+    seed: int,
+    readout: str,
+    text_column: str | None,
+    label_column: str | None,
+) -> tuple[Any, Any]:
+    """Return the read-out and the task that the options name."""
     task = ntkft.load_task(data, n=n, seed=seed, text_column=text_column, label_column=label_column)
     loaded = ntkft.load_model(model)
     if readout == "auto":
         readout = "pooled" if loaded.info["kind"] == "encoder" else "prompt"
-    made = ntkft.prompt_readout(loaded) if readout == "prompt" else ntkft.pooled_readout(loaded, seed=seed)
+    return (ntkft.prompt_readout(loaded) if readout == "prompt" else ntkft.pooled_readout(loaded, seed=seed)), task
+
+
+@app.command()
+def kernel(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Where to write the kernel (.npz).")],
+    model: Model = "minilm",
+    n: Texts = None,
+    seed: Seed = 0,
+    readout: ReadoutName = "auto",
+    parameters: Parameters = None,
+    blocks: Blocks = None,
+    precision: Precision = "exact",
+    memory: Memory = "2GB",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for what is done so far: the same command goes on after a crash.")
+    ] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    as_json: Json = False,
+) -> None:
+    """Compute the exact empirical NTK of a model on some texts (`ntkft plan` tells what that takes)."""
+    if out.suffix != ".npz":
+        raise InputError(f"A kernel is stored as .npz and --out is {out.name!r}: name it {out.stem}.npz.")
+    if not os.access(next(p for p in out.absolute().parents if p.exists()), os.W_OK):
+        raise InputError(f"--out is {out} and its folder cannot be written to: choose another place.")
+    made, task = _inputs(data, model, n, seed, readout, text_column, label_column)
     result = ntkft.empirical_ntk(
-        made, task.texts, parameters=parameters, memory=memory, progress=sys.stderr.isatty()
+        made,
+        task.texts,
+        parameters=parameters,
+        blocks=blocks,
+        precision=precision,
+        memory=memory,
+        checkpoint=checkpoint,
+        progress=sys.stderr.isatty(),
     )
     result.save(out)
-    _say(
-        {
-            "texts": len(task),
-            "parameters": result.info["parameters"]["count"],
-            "seconds": result.info["seconds"],
-            "lambda_1": float(result.spectrum().eigenvalues[0]),
-            "file": str(out),
-        },
-        as_json,
+    values = {
+        "texts": len(task),
+        "parameters": result.info["parameters"]["count"],
+        "seconds": result.info["seconds"],
+        "lambda_1": float(result.spectrum().eigenvalues[0]),
+        "file": str(out),
+    }
+    if "fast" in result.info:
+        values["eigenvalue_error"] = result.info["fast"]["eigenvalue_error"]
+    if result.parts:
+        trace = float(result.matrix.trace())
+        values |= {f"trace {name}": float(part.trace()) / trace for name, part in result.parts.items()}
+    _say(values, as_json)
+
+
+@app.command()
+def plan(
+    data: Data,
+    model: Model = "minilm",
+    n: Texts = None,
+    seed: Seed = 0,
+    readout: ReadoutName = "auto",
+    parameters: Parameters = None,
+    precision: Precision = "exact",
+    memory: Memory = "2GB",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    as_json: Json = False,
+) -> None:
+    """Tell the time and memory that `ntkft kernel` would take, and how each layer is done, from a few seconds of measurement."""
+    made, task = _inputs(data, model, n, seed, readout, text_column, label_column)
+    found = ntkft.empirical_ntk(
+        made, task.texts, parameters=parameters, precision=precision, memory=memory, plan_only=True
     )
+    typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
 
 
 @app.command()

@@ -9,7 +9,7 @@ import torch
 import ntkft
 from ntkft.errors import InputError
 from ntkft.finetune import _accumulate, preserved_weights, train
-from ntkft.ntk.engine import loop_ntk
+from ntkft.ntk.oracle import loop_ntk
 from tests import tiny
 
 N = len(tiny.TEXTS)

@@ -9,7 +9,8 @@ from torch import nn
 
 import ntkft
 from ntkft.errors import InputError
-from ntkft.ntk.engine import loop_ntk, parse_memory
+from ntkft.ntk.oracle import loop_ntk
+from ntkft.ntk.plan import parse_memory
 from ntkft.readout import Readout
 from tests import tiny
 from tests.helpers import relative
@@ -64,35 +65,21 @@ def test_order_duplicates_and_batch_mates_do_not_matter():
     np.testing.assert_allclose(alone[0, 0], whole[4, 4], rtol=1e-9)
 
 
-def test_memory_budget_changes_the_passes_and_not_the_kernel():
-    readout = READOUTS["gpt2"]()
-    rich, poor = kernel(readout), kernel(readout, memory="60kB")
-    assert poor.info["passes"] > 3 * rich.info["passes"]
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-tied"])
+def test_the_memory_budget_changes_where_factors_wait_and_not_the_kernel(name):
+    readout = READOUTS[name]()
+    texts = tiny.TEXTS * 3
+    rich, poor = kernel(readout, texts), kernel(readout, texts, memory="450kB")
+    assert rich.info["spilled_bytes"] == 0 < poor.info["spilled_bytes"]
+    assert poor.info["batches"] > rich.info["batches"]
     np.testing.assert_allclose(poor.matrix, rich.matrix, rtol=1e-9, atol=1e-9)
 
 
-def test_both_contractions_are_used_and_agree():
-    """On the tiny model explicit is cheaper for some layers, on one long text against itself ghost for others."""
-    from ntkft.ntk import contract as module
-
-    readout = READOUTS["bert"]()
-    chosen = set()
-    original = module._prefer_ghost
-
-    def spy(rows, columns):
-        chosen.add((original(rows, columns), rows[0].one_hot))
-        return original(rows, columns)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_prefer_ghost", spy)
-        auto = kernel(readout).matrix
-        patch.setattr(module, "_prefer_ghost", lambda r, c: True)
-        ghost = kernel(readout).matrix
-        patch.setattr(module, "_prefer_ghost", lambda r, c: r[0].one_hot or c[0].one_hot)
-        explicit = kernel(readout).matrix
-    assert (False, False) in chosen and (True, True) in chosen
-    np.testing.assert_allclose(ghost, explicit, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(auto, explicit, rtol=1e-9, atol=1e-9)
+def test_a_budget_that_is_too_small_says_what_is_needed():
+    with pytest.raises(InputError, match=r"memory is 0\.1 MB and this kernel needs at least ([0-9.]+) MB") as caught:
+        kernel(READOUTS["gpt2"](), memory="60kB")
+    needed = str(caught.value).split("at least ")[1].split(" MB")[0]
+    kernel(READOUTS["gpt2"](), memory=f"{float(needed) + 0.1} MB")  # and that is enough
 
 
 def test_frozen_parameters_and_patterns():
@@ -149,7 +136,7 @@ def test_a_module_called_once_for_all_texts_is_exact_too():
     shared = Readout(Shared(plain.module), plain.loaded, plain._encode, {"readout": "shared"})
     result = kernel(shared)
     assert relative(result.matrix, loop_ntk(shared, tiny.TEXTS)) < 1e-10
-    assert result.info["batch"] == 1 and kernel(plain).info["batch"] > 1
+    assert not result.info["apart"] and kernel(plain).info["apart"]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +144,10 @@ def test_a_module_called_once_for_all_texts_is_exact_too():
     [
         ({"parameters": "*nothing*"}, "matches none of the"),
         ({"precision": "half"}, "precision is 'half'"),
+        ({"precision": "fast"}, "the model is in torch.float64"),
+        ({"outputs": "some"}, "outputs is 'some'"),
+        ({"blocks": "colour"}, "blocks is 'colour'"),
+        ({"blocks": {"mine": "*nothing*"}}, "Block 'mine' has the pattern"),
         ({"memory": "lots"}, "memory is 'lots'"),
     ],
 )

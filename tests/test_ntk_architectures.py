@@ -8,7 +8,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 import ntkft
-from ntkft.ntk.engine import loop_ntk
+from ntkft.ntk.oracle import loop_ntk
 from ntkft.readout import Readout
 from tests import tiny
 from tests.helpers import relative

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ntkft
-from ntkft.ntk.engine import loop_ntk
+from ntkft.ntk.oracle import loop_ntk
 from ntkft.readout import Readout
 from tests import tiny
 from tests.helpers import relative

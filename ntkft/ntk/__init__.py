@@ -23,7 +23,8 @@ Example
 (3, 3)
 """
 
-from ntkft.ntk.engine import empirical_ntk
+from ntkft.ntk.engine import empirical_ntk, ntk_diagonal
 from ntkft.ntk.kernel import Kernel
+from ntkft.ntk.plan import Plan
 
-__all__ = ["Kernel", "empirical_ntk"]
+__all__ = ["Kernel", "Plan", "empirical_ntk", "ntk_diagonal"]

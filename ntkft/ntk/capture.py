@@ -1,7 +1,7 @@
 r"""What a layer saw and what came back: the factors of every per-text gradient.
 
 A linear layer :math:`z = W a` is used at the tokens :math:`t` of text :math:`i`. Its gradient is a sum of
-outer products, :math:`\nabla_W f_i = \sum_t g_{it} a_{it}^\top` with :math:`g = \partial f / \partial z`.
+outer products, :math:`\nabla_W f_i = \sum_t a_{it} \otimes g_{it}` with :math:`g = \partial f / \partial z`.
 So is an embedding's, with a one-hot :math:`a`. One forward and one backward pass of a batch give all
 :math:`a` and :math:`g` at once, because text :math:`i` influences only its own output. Nothing of the size of the
 weights is ever stored. For any other layer (norms, biases) the per-text gradient is small and is
@@ -13,43 +13,34 @@ There the texts of a batch cannot be told apart, and `MixedBatch` says so; one t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
 from ntkft.errors import InputError
+from ntkft.ntk.factors import Factor, Outer, Rows, Vector, table_rows
 from ntkft.readout import Readout
+
+TABLE = 8192  # an output layer this wide is looked at: if few of its words are read, its gradient is row-sparse
 
 
 class MixedBatch(InputError):
     """A layer's call does not keep the texts of a batch apart; capture them one by one."""
 
 
-@dataclass(frozen=True)
-class Factor:
-    """Per-text gradients of one parameter in factored form, G_i = Σ_t left_it ⊗ right_it.
+@dataclass
+class Wanted:
+    """The trainable parameters to capture, and for each module the names of those it holds."""
 
-    left : (b, T, p) float, or (b, T) int64 when each row is one-hot in the vocabulary.
-    right : (b, T, q) float, zero where there is no token.
-    """
-
-    left: Tensor
-    right: Tensor
-
-    @property
-    def one_hot(self) -> bool:
-        """Whether `left` holds indices of one-hot rows."""
-        return not self.left.is_floating_point()
-
-    def bytes(self) -> int:
-        """Memory of both factors."""
-        return self.left.nbytes + self.right.nbytes
+    names: tuple[str, ...]
+    modules: dict[nn.Module, dict[str, str]] = field(default_factory=dict)  # module -> {local: full name}
 
 
 @dataclass
@@ -62,12 +53,20 @@ class _Call:
     output: Tensor
 
 
-@dataclass
-class Wanted:
-    """The trainable parameters to capture, and for each module the names of those it holds."""
+@dataclass(frozen=True)
+class Use:
+    """One use of one parameter: the factor, and which tensor the layer saw (layers that share it can share work)."""
 
-    names: tuple[str, ...]
-    modules: dict[nn.Module, dict[str, str]] = field(default_factory=dict)  # module -> {local: full name}
+    factor: Factor
+    source: int = 0
+
+
+@dataclass
+class Captured:
+    """One batch: scores (b, c), and for each of the c outputs the uses of each parameter."""
+
+    scores: Tensor
+    uses: list[dict[str, list[Use]]]
 
 
 def wanted(readout: Readout, names: Iterable[str]) -> Wanted:
@@ -83,12 +82,13 @@ def wanted(readout: Readout, names: Iterable[str]) -> Wanted:
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Switch weight gradients off for a while: we need ∂f/∂z of the layers, never ∂f/∂W."""
+def only_trainable(module: nn.Module, names: Iterable[str] = ()) -> Iterator[None]:
+    """Let only the named parameters ask for gradients for a while; by default none does."""
+    keep = set(names)
     was = [(p, p.requires_grad) for p in module.parameters()]
     try:
-        for p, _ in was:
-            p.requires_grad_(False)
+        for name, p in module.named_parameters():
+            p.requires_grad_(name in keep)
         yield
     finally:
         for p, flag in was:
@@ -96,9 +96,14 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def capture(
-    readout: Readout, token_ids: Sequence[list[int]], want: Wanted
-) -> tuple[Tensor, dict[str, list[Factor]]]:
-    """Run one batch forward and backward; return its scores (b,) and each parameter's factors, one per call.
+    readout: Readout,
+    token_ids: Sequence[list[int]],
+    want: Wanted,
+    saving: Callable[[Tensor], Tensor] | None = None,
+) -> Captured:
+    """Run one batch forward and backward; return its scores (b, c) and each parameter's factors, one per use.
+
+    `saving`, if given, is shown every tensor that the forward pass saves for the backward pass.
 
     Raises
     ------
@@ -133,25 +138,44 @@ def capture(
         return output
 
     with ExitStack() as stack:
-        stack.enter_context(_frozen(readout.module))
+        stack.enter_context(only_trainable(readout.module))
         for module in want.modules:
             if _plain(module) and isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_pre_hook(expand).remove)
             stack.callback(module.register_forward_hook(record, with_kwargs=True).remove)
-        with torch.enable_grad():
-            scores = readout.module(**readout.collate(token_ids))  # (b,)
-            gradients = torch.autograd.grad(scores.sum(), [c.output for c in calls], allow_unused=True)
+        saved = saved_tensors_hooks(saving, lambda t: t) if saving else nullcontext()
+        with torch.enable_grad(), saved:
+            out = readout.module(**readout.collate(token_ids))  # (b,) or (b, c)
+            if out.ndim not in (1, 2) or out.shape[0] != b:
+                raise InputError(
+                    f"The read-out gives shape {tuple(out.shape)} for {b} texts: it must be ({b},) or ({b}, c)."
+                )
+            scores = out.reshape(b, -1)
+            totals = scores.sum(0)  # (c,): text i influences its own score only
+    outputs, c = [call.output for call in calls], scores.shape[1]
+    uses = []
+    for k in range(c):
+        gradients = torch.autograd.grad(totals[k], outputs, retain_graph=k + 1 < c, allow_unused=True)
+        uses.append(_uses(calls, gradients, want, b))
+        del gradients
+    return Captured(scores.detach(), uses)
 
-    factors: dict[str, list[Factor]] = {name: [] for name in want.names}
-    for call, g in zip(calls, gradients, strict=True):
-        if g is not None:
-            for name, factor in _factors(call, g, want.modules[call.module], b):
-                factors[name].append(factor)
-    return scores.detach(), factors
+
+def _uses(
+    calls: list[_Call], gradients: Sequence[Tensor | None], want: Wanted, b: int
+) -> dict[str, list[Use]]:
+    """Turn the calls and their output gradients into factors, by parameter."""
+    uses: dict[str, list[Use]] = {name: [] for name in want.names}
+    with torch.no_grad():
+        for call, g in zip(calls, gradients, strict=True):
+            if g is not None:
+                for name, use in _factors(call, g, want.modules[call.module], b):
+                    uses[name].append(use)
+    return uses
 
 
-def _factors(call: _Call, g: Tensor, local: dict[str, str], b: int) -> Iterator[tuple[str, Factor]]:
-    """Yield (parameter, factor) for one call with output gradient g (b, ..., d_out); any shape if b is 1."""
+def _factors(call: _Call, g: Tensor, local: dict[str, str], b: int) -> Iterator[tuple[str, Use]]:
+    """Yield (parameter, use) for one call with output gradient g (b, ..., d_out); any shape if b is 1."""
     module, rest = call.module, dict(local)
     if _plain(module) and "weight" in rest:
         g3 = g.reshape(b, -1, g.shape[-1])  # (b, T, d_out)
@@ -160,41 +184,35 @@ def _factors(call: _Call, g: Tensor, local: dict[str, str], b: int) -> Iterator[
             ids = source.reshape(b, -1)  # (b, T)
             if module.padding_idx is not None:  # torch gives the padding row no gradient
                 g3 = g3 * (ids != module.padding_idx).unsqueeze(-1)
-            yield rest.pop("weight"), _drop_zero_rows(ids, g3)
+            yield rest.pop("weight"), Use(table_rows(ids, g3))
         else:
             a = source.detach().reshape(b, -1, source.shape[-1])  # (b, T, d_in)
-            pair = _drop_zero_rows(a, g3)
-            # nn.Linear stores W as (d_out, d_in), Conv1D as (d_in, d_out).
-            flipped = isinstance(module, nn.Linear)
-            yield rest.pop("weight"), Factor(pair.right, pair.left) if flipped else pair
+            sparse = _few_words(a, g3) if isinstance(module, nn.Linear) else None
+            yield rest.pop("weight"), Use(sparse) if sparse else Use(Outer(a, g3), id(source))
         if "bias" in rest:
-            yield rest.pop("bias"), explicit_factor(g3.sum(1))
+            yield rest.pop("bias"), Use(Vector(g3.sum(1)))
     if rest:
         for key, gradient in _vmap_vjp(call, g, tuple(rest), b).items():
-            yield rest[key], explicit_factor(gradient)
+            yield rest[key], Use(Vector(gradient.reshape(b, -1)))
+
+
+def _few_words(a: Tensor, g: Tensor) -> Rows | None:
+    """Return the row-sparse gradient of a wide output layer of which at most 16 words are read, else None."""
+    if g.shape[-1] < TABLE:
+        return None
+    words = (g != 0).flatten(0, 1).any(0).nonzero().squeeze(1)  # (W,)
+    if len(words) > 16:
+        return None
+    b, width = g.shape[0], len(words)
+    value = g[:, :, words].mT @ a  # (b, W, d)
+    text = torch.arange(b, device=g.device).repeat_interleave(width)
+    return Rows(text, words.repeat(b), value.flatten(0, 1), b)
 
 
 def _plain(module: nn.Module) -> bool:
     """Whether a layer is one of those with outer-product gradients, and no subclass with a forward of its own."""
     kinds = (nn.Linear, Conv1D, nn.Embedding)
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
-
-
-def explicit_factor(gradient: Tensor) -> Factor:
-    """Wrap per-text gradients (b, ...) as a factor with one row per text: left = 1."""
-    flat = gradient.reshape(gradient.shape[0], 1, -1)  # (b, 1, P)
-    return Factor(torch.ones_like(flat[:, :, :1]), flat)
-
-
-def _drop_zero_rows(a: Tensor, g: Tensor) -> Factor:
-    """Keep the tokens that matter: drop those whose g is zero (padding; all but the last token in a last layer)."""
-    keep = (g != 0).any(-1)  # (b, T)
-    longest = max(int(keep.sum(1).max()), 1)
-    if longest == g.shape[1]:
-        return Factor(a, g)
-    index = torch.argsort(~keep, dim=1, stable=True)[:, :longest].unsqueeze(-1)  # kept tokens first, in order
-    g = torch.take_along_dim(g, index, 1)
-    return Factor(a.gather(1, index.squeeze(-1)) if a.ndim == 2 else torch.take_along_dim(a, index, 1), g)
 
 
 def _vmap_vjp(call: _Call, g: Tensor, local: tuple[str, ...], b: int) -> dict[str, Tensor]:

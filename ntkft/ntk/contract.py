@@ -1,128 +1,376 @@
-r"""From factors to the kernel: two ways to the same inner product.
+r"""From factors to the kernel: two ways to the same inner product, and which is cheaper where.
 
-With :math:`G_i = \sum_t l_{it} \otimes r_{it}` there are two ways to :math:`\langle G_i, G_j\rangle`:
+With :math:`G_i = \sum_t a_{it} \otimes g_{it}` there are two ways to :math:`\langle G_i, G_j\rangle`:
 
-* *explicit*: form :math:`G_i` in blocks of columns and multiply, :math:`n^2 p q` multiply-adds;
-* *ghost*: :math:`\sum_{s,t} \langle l_{is}, l_{jt}\rangle \langle r_{is}, r_{jt}\rangle`, without ever forming a
-  gradient, :math:`n^2 T^2 (p + q)` multiply-adds.
+* *explicit*: form :math:`G_i`, a block of its entries at a time, and multiply: :math:`p q` multiply-adds a pair;
+* *ghost*: :math:`\sum_{s,t} \langle a_{is}, a_{jt}\rangle \langle g_{is}, g_{jt}\rangle`, without ever forming a
+  gradient: :math:`T_i T_j (p + q)` multiply-adds a pair.
 
-Ghost wins when :math:`T^2 < pq/(p+q)`. When :math:`l` is one-hot (an embedding), its inner product is
-"same token or not", so only the ghost way makes sense. A weight that is used as an embedding and as an
-output layer (tied) has factors of both kinds, and the cross terms come out of the same formula.
+Ghost wins when :math:`T_i T_j < pq/(p+q)`: for short texts, for wide layers, and where only one token matters. The texts
+are sorted by length, so the plane of pairs is cut, by bisection, into rectangles on each of which one way is cheaper
+(`schedule`). Of a symmetric kernel only what lies on and below the diagonal is computed. Products are of the model's
+precision, sums over blocks and layers are float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ntkft.ntk.capture import Factor
+from ntkft.ntk.factors import Chunk, Outer, Rows, Vector, shape_of
+from ntkft.ntk.precision import EXACT, Precision
 
-Column = Sequence[Factor]  # the factors of one call, batch after batch: the texts in order
+# A product of a few rows runs slower than one of many: relative speed by the smaller side, measured on two cores. It only
+# steers the choice of way, so a rough table does; it is fixed, so that a resumed computation makes the same choices.
+SPEED = ((512, 1.0), (256, 0.95), (128, 0.87), (64, 0.72), (32, 0.55), (0, 0.35))
+GHOST_EXTRA = 40  # multiplying and summing two token Gram matrices costs about this many multiply-adds an entry
+FORMING = 0.65  # speed of forming gradients, relative to a large product
+LEAF = 64  # texts; smaller rectangles are not cut
+TILE = 2**20  # bytes of a token Gram matrix, which should stay in the cache
+WIDE = 512  # entries of the right factor that are formed together
 
-
-def contract(rows: Sequence[Column], columns: Sequence[Column], scratch: int) -> Tensor:
-    """Return Σ over calls of ⟨G_i, G_j⟩, (n, m) float64, using about `scratch` bytes of working memory."""
-    total: Tensor | None = None
-    for left in rows:
-        for right in columns:
-            part = (
-                _ghost(left, right, scratch)
-                if _prefer_ghost(left, right)
-                else _explicit(left, right, scratch)
-            )
-            total = part if total is None else total + part
-    assert total is not None
-    return total
+Shape = tuple[int, int]  # (texts, tokens a text) of one batch
 
 
-def _texts(column: Column) -> int:
-    return sum(f.right.shape[0] for f in column)
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of batches, rows [i0, i1) x columns [j0, j1), and the way that is cheaper there."""
+
+    way: str
+    i0: int
+    i1: int
+    j0: int
+    j1: int
 
 
-def _prefer_ghost(rows: Column, columns: Column) -> bool:
-    """Compare multiply-adds; a one-hot side leaves no choice."""
-    if rows[0].one_hot or columns[0].one_hot:
-        return True
+Priced = tuple[float, tuple[Piece, ...]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds by kind: explicit products, forming their gradients, ghost products. They run at different speeds.
+
+    `slowness` is what the explicit products would be at the speed of large ones.
+    """
+
+    explicit: float = 0.0
+    forming: float = 0.0
+    ghost: float = 0.0
+    slowness: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(*(a * times for a in self.astuple()))
+
+    def astuple(self) -> tuple[float, float, float, float]:
+        """Return the four numbers."""
+        return self.explicit, self.forming, self.ghost, self.slowness
+
+    @property
+    def multiply_adds(self) -> float:
+        """All of them."""
+        return self.explicit + self.forming + self.ghost
+
+
+def schedule(rows: Sequence[Shape], columns: Sequence[Shape] | None, p: int, q: int, gain: float = 1.0) -> list[Piece]:
+    """Cut the plane of batch pairs into pieces, each with the cheaper way.
+
+    Parameters
+    ----------
+    rows, columns : list of (texts, tokens a text) of each batch; columns None for a symmetric kernel
+    p, q : int
+        Sizes of the two factors.
+    gain : float
+        How much faster explicit products are than ghost ones; above 1 with ``precision="fast"``.
+
+    Example
+    -------
+    >>> schedule([(8, 10), (8, 100)], None, 384, 384)        # short texts by ghost, long ones explicitly
+    [Piece(way='ghost', i0=0, i1=1, j0=0, j1=1), Piece(way='explicit', i0=1, i1=2, j0=0, j1=2)]
+    """
+    other = rows if columns is None else columns
+    (ni, ti), (nj, tj) = _sums(rows), _sums(other)
+
+    def price(i0: int, i1: int, j0: int, j1: int) -> tuple[float, str]:
+        n, m = ni[i1] - ni[i0], nj[j1] - nj[j0]
+        explicit = n * m * p * q / (_speed(min(n, m)) * gain)
+        ghost = (ti[i1] - ti[i0]) * (tj[j1] - tj[j0]) * (p + q + GHOST_EXTRA)
+        return (explicit, "explicit") if explicit < ghost else (ghost, "ghost")
+
+    def cheaper(whole: tuple[float, Piece], parts: Sequence[Priced]) -> Priced:
+        cost = sum(c for c, _ in parts)
+        return (cost, tuple(x for _, ps in parts for x in ps)) if cost < whole[0] else (whole[0], (whole[1],))
+
+    @cache
+    def rectangle(i0: int, i1: int, j0: int, j1: int) -> Priced:
+        cost, way = price(i0, i1, j0, j1)
+        whole = (cost, Piece(way, i0, i1, j0, j1))
+        if max(ni[i1] - ni[i0], nj[j1] - nj[j0]) <= LEAF or (i1 - i0 == 1 and j1 - j0 == 1):
+            return cost, (whole[1],)
+        i, j = _middle(ni, i0, i1), _middle(nj, j0, j1)
+        sides_i = [(a, b) for a, b in ((i0, i), (i, i1)) if b > a]
+        sides_j = [(a, b) for a, b in ((j0, j), (j, j1)) if b > a]
+        return cheaper(whole, [rectangle(*a, *b) for a in sides_i for b in sides_j])
+
+    def triangle(i0: int, i1: int) -> Priced:
+        cost, way = price(i0, i1, i0, i1)
+        if way == "ghost":  # of a ghost square only what lies on and below the diagonal is done
+            cost *= 0.5 + 0.17 / (i1 - i0)
+        whole = (cost, Piece(way, i0, i1, i0, i1))
+        if i1 - i0 == 1:
+            return cost, (whole[1],)
+        i = _middle(ni, i0, i1)
+        return cheaper(whole, [triangle(i0, i), triangle(i, i1), rectangle(i, i1, i0, i)])
+
+    if columns is None:
+        cost, pieces = triangle(0, len(rows))
+        ghost = ti[-1] ** 2 * (p + q + GHOST_EXTRA) * (0.5 + 0.17 / len(rows))
+    else:
+        cost, pieces = rectangle(0, len(rows), 0, len(other))
+        ghost = ti[-1] * tj[-1] * (p + q + GHOST_EXTRA)
+    # Explicit pieces need their gradients formed first, once for each text: then all ghost may be cheaper after all.
+    if ghost < cost + cost_of(pieces, rows, columns, p, q).forming / FORMING:
+        return [Piece("ghost", 0, len(rows), 0, len(other))]
+    return _joined(pieces)
+
+
+def cost_of(pieces: Sequence[Piece], rows: Sequence[Shape], columns: Sequence[Shape] | None, p: int, q: int) -> Cost:
+    """Return the multiply-adds of a schedule."""
+    other = rows if columns is None else columns
+    (ni, ti), (nj, tj) = _sums(rows), _sums(other)
+    explicit = ghost = slowness = 0.0
+    for x in pieces:
+        n, m = ni[x.i1] - ni[x.i0], nj[x.j1] - nj[x.j0]
+        if x.way == "explicit":
+            explicit += n * m * p * q
+            slowness += n * m * p * q / _speed(min(n, m))
+        elif columns is None and (x.i0, x.i1) == (x.j0, x.j1):
+            tokens = [ti[k + 1] - ti[k] for k in range(x.i0, x.i1)]
+            ghost += (sum(tokens) ** 2 / 2 + sum(t * t for t in tokens) / 6) * (p + q)
+        else:
+            ghost += (ti[x.i1] - ti[x.i0]) * (tj[x.j1] - tj[x.j0]) * (p + q)
+    left, right = _explicit_batches(pieces, columns is None)
+    forming = sum(rows[i][0] * rows[i][1] for i in left)
+    if columns is not None:
+        forming += sum(other[j][0] * other[j][1] for j in right)
+    return Cost(explicit, float(forming * p * q), ghost, slowness)
+
+
+def contract(
+    rows: Sequence[Chunk], columns: Sequence[Chunk] | None, out: Tensor, scratch: int, precision: Precision = EXACT
+) -> None:
+    """Add Σ ⟨G_i, G_j⟩ of one site to `out` (n, m) float64, with about `scratch` bytes of working memory.
+
+    `columns` is None for a symmetric kernel: then only the entries on and below the diagonal are meant.
+    """
+    right = rows if columns is None else columns
+    for a in range(len(rows[0])):
+        for b in range(len(right[0])):
+            left_column, right_column = [c[a] for c in rows], [c[b] for c in right]
+            same = columns is None and a == b
+            kinds = (type(left_column[0]), type(right_column[0]))
+            if kinds == (Outer, Outer):
+                _outer(left_column, None if same else right_column, out, scratch, precision)  # type: ignore[arg-type]
+            elif kinds == (Vector, Vector):
+                _vector(left_column, None if same else right_column, out, scratch)  # type: ignore[arg-type]
+            elif kinds == (Rows, Rows):
+                _rows(left_column, right_column, out)  # type: ignore[arg-type]
+            elif kinds == (Outer, Rows):
+                _mixed(left_column, right_column, out)  # type: ignore[arg-type]
+            else:
+                _mixed(right_column, left_column, out.T)  # type: ignore[arg-type]
+
+
+def _outer(
+    rows: Sequence[Outer], columns: Sequence[Outer] | None, out: Tensor, scratch: int, precision: Precision
+) -> None:
     p, q = rows[0].left.shape[-1], rows[0].right.shape[-1]
-    n, m = _texts(rows), _texts(columns)
-    tokens_n = sum(f.right.shape[0] * f.right.shape[1] for f in rows)
-    tokens_m = sum(f.right.shape[0] * f.right.shape[1] for f in columns)
-    explicit = (n * m + tokens_n + (0 if rows is columns else tokens_m)) * p * q
-    return tokens_n * tokens_m * (p + q) < explicit
+    right = rows if columns is None else columns
+    shapes, other = [shape_of(f) for f in rows], None if columns is None else [shape_of(f) for f in columns]
+    pieces = schedule(shapes, other, p, q, precision.gain)
+    si, sj = _starts(rows), _starts(right)
+    for x in pieces:
+        if x.way == "ghost":
+            for j in range(x.j0, x.j1):
+                turned = right[j].left.flatten(0, 1).T.contiguous(), right[j].right.flatten(0, 1).T.contiguous()
+                for i in range(max(x.i0, j) if columns is None else x.i0, x.i1):
+                    same = columns is None and i == j
+                    _ghost(rows[i], turned, shape_of(right[j]), out[si[i] : si[i + 1], sj[j] : sj[j + 1]], same)
+    explicit = [x for x in pieces if x.way == "explicit"]
+    if explicit:
+        _explicit(rows, columns, explicit, out, scratch, precision)
 
 
-def _explicit(rows: Column, columns: Column, scratch: int) -> Tensor:
-    """Form the gradients in blocks of columns of `left` and multiply."""
-    p, q = rows[0].left.shape[-1], rows[0].right.shape[-1]
-    n, m = _texts(rows), _texts(columns)
-    per_column = (n + (0 if rows is columns else m)) * q * rows[0].right.element_size()
-    width = max(1, min(p, scratch // max(per_column, 1)))
-    total = torch.zeros(n, m, dtype=torch.float64)
-    for start in range(0, p, width):
-        g_rows = _gradient_block(rows, start, start + width)  # (n, width * q)
-        g_columns = g_rows if rows is columns else _gradient_block(columns, start, start + width)
-        total += (g_rows @ g_columns.T).double().cpu()
-    return total
+def _ghost(a: Outer, turned: tuple[Tensor, Tensor], shape: Shape, out: Tensor, same: bool = False) -> None:
+    """Add Σ_{s,t} ⟨a_is, a_jt⟩⟨g_is, g_jt⟩ for all pairs of texts of two batches to `out` (n_a, n_b).
+
+    If both batches are the `same`, only what lies on and below the diagonal is meant.
+    """
+    (na, ta), (nb, tb) = shape_of(a), shape
+    step = max(1, TILE // (ta * nb * tb * a.right.element_size()))
+    if same:
+        step = min(step, -(-na // 3))
+    for k in range(0, na, step):
+        m = min(k + step, nb) if same else nb
+        product = a.right[k : k + step].flatten(0, 1) @ turned[1][:, : m * tb]  # (step*ta, m*tb)
+        product *= a.left[k : k + step].flatten(0, 1) @ turned[0][:, : m * tb]
+        # Sums over the tokens of two texts are short; the sums over layers, in `out`, are float64.
+        out[k : k + step, :m] += product.view(-1, ta, m, tb).sum(3).sum(1)
 
 
-def _gradient_block(column: Column, start: int, stop: int) -> Tensor:
-    """Return the explicit gradients G_i[start:stop] of all texts, (n, (stop - start) * q)."""
-    p, q = column[0].left.shape[-1], column[0].right.shape[-1]
-    block = column[0].right.new_empty(_texts(column), min(stop, p) - start, q)
-    i = 0
-    for f in column:
-        b = f.right.shape[0]
-        torch.matmul(f.left[:, :, start:stop].mT, f.right, out=block[i : i + b])
-        i += b
+def _explicit(
+    rows: Sequence[Outer],
+    columns: Sequence[Outer] | None,
+    pieces: Sequence[Piece],
+    out: Tensor,
+    scratch: int,
+    precision: Precision,
+) -> None:
+    """Form the gradients of the batches that take part, a block of entries at a time, and multiply piece by piece."""
+    used_i, used_j = _explicit_batches(pieces, columns is None)
+    (i0, i1), (j0, j1) = (min(used_i), max(used_i) + 1), (min(used_j), max(used_j) + 1)
+    part, other = rows[i0:i1], None if columns is None else columns[j0:j1]
+    si, sj = _starts(part), _starts(part if other is None else other)
+    oi, oj = _starts(rows)[i0], _starts(rows if columns is None else columns)[j0]
+    p, q = part[0].left.shape[-1], part[0].right.shape[-1]
+    texts = si[-1] + (0 if other is None else sj[-1])
+    room = max(1, scratch // (texts * part[0].right.element_size()))  # entries of a gradient at a time
+    wide = min(q, WIDE, room)
+    high = max(1, min(p, room // wide))
+    buffer = part[0].right.new_empty(si[-1] * high * wide)
+    other_buffer = buffer if other is None else buffer.new_empty(sj[-1] * high * wide)
+    buffers: dict[str, Tensor] = {}
+    shift_i, shift_j = out.new_zeros(si[-1]), out.new_zeros(sj[-1])
+    regions = [(slice(si[x.i0 - i0], si[x.i1 - i0]), slice(sj[x.j0 - j0], sj[x.j1 - j0])) for x in pieces]
+    out = out[oi : oi + si[-1], oj : oj + sj[-1]]
+    for start in range(0, p, high):
+        for begin in range(0, q, wide):
+            window = (slice(start, start + high), slice(begin, begin + wide))
+            left = _gradients(part, window, buffer)
+            right = None if other is None else _gradients(other, window, other_buffer)
+            for entries in precision.slices(left, right, buffers):
+                for i, j in regions:
+                    out[i, j] += entries.product(i, j)
+                if entries.left_shift is not None and entries.right_shift is not None:
+                    shift_i += entries.left_shift
+                    shift_j += entries.right_shift
+    for i, j in regions:
+        out[i, j] += shift_i[i, None] + shift_j[j]
+
+
+def _gradients(column: Sequence[Outer], window: tuple[slice, slice], buffer: Tensor) -> Tensor:
+    """Return a window of the explicit gradients G_i of all texts, flat: (n, high * wide), in the buffer."""
+    starts = _starts(column)
+    high, wide = column[0].left[0, 0, window[0]].numel(), column[0].right[0, 0, window[1]].numel()
+    block = buffer[: starts[-1] * high * wide].view(starts[-1], high, wide)
+    for k, f in enumerate(column):
+        torch.matmul(f.left[:, :, window[0]].mT, f.right[:, :, window[1]], out=block[starts[k] : starts[k + 1]])
     return block.flatten(1)
 
 
-def _ghost(rows: Column, columns: Column, scratch: int) -> Tensor:
-    """Sum products of token Gram matrices, block of texts by block of texts."""
-    total = torch.zeros(_texts(rows), _texts(columns), dtype=torch.float64)
-    merged = _merged(rows)
-    rows, columns = merged, merged if columns is rows else _merged(columns)
+def _vector(rows: Sequence[Vector], columns: Sequence[Vector] | None, out: Tensor, scratch: int) -> None:
+    """Add the products of written-out gradients, a block of entries at a time, in float64."""
+    n = sum(f.rows.shape[0] for f in rows) + sum(f.rows.shape[0] for f in columns or ())
+    width = max(1, scratch // (16 * n))
+    for start in range(0, rows[0].rows.shape[1], width):
+        left = torch.cat([f.rows[:, start : start + width].double() for f in rows])
+        right = left if columns is None else torch.cat([f.rows[:, start : start + width].double() for f in columns])
+        out += left @ right.T
+
+
+def _rows(rows: Sequence[Rows], columns: Sequence[Rows], out: Tensor) -> None:
+    """Add the products of row-sparse gradients: for each row of the table, the texts that touch it, in float64."""
+    text_i, row_i, value_i = _by_row(rows)
+    text_j, row_j, value_j = (text_i, row_i, value_i) if columns is rows else _by_row(columns)
+    ids_i, count_i = row_i.unique_consecutive(return_counts=True)
+    ids_j, count_j = row_j.unique_consecutive(return_counts=True)
+    ends = count_j.cumsum(0).tolist()
+    place = {r: (end - k, end) for r, k, end in zip(ids_j.tolist(), count_j.tolist(), ends, strict=True)}
+    end = 0
+    for r, k in zip(ids_i.tolist(), count_i.tolist(), strict=True):
+        start, end = end, end + k
+        if r in place:
+            j0, j1 = place[r]
+            block = value_i[start:end].double() @ value_j[j0:j1].double().T
+            out[text_i[start:end, None], text_j[None, j0:j1]] += block  # each text once: no entry is hit twice
+
+
+def _by_row(column: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor]:
+    """Join batches and sort their entries by row of the table: text (M,), row (M,), value (M, d)."""
+    shift, texts = 0, []
+    for f in column:
+        texts.append(f.text + shift)
+        shift += f.texts
+    row = torch.cat([f.row for f in column])
+    order = torch.argsort(row, stable=True)
+    return torch.cat(texts)[order], row[order], torch.cat([f.value for f in column])[order]
+
+
+def _mixed(outer: Sequence[Outer], rows: Sequence[Rows], out: Tensor) -> None:
+    """Add the cross terms of a table that is also a dense output layer: outer texts x rows texts.
+
+    The table's rows are the output words, so they are `right`'s last axis.
+    """
     i = 0
-    for a in rows:
+    for f in outer:
+        n = f.right.shape[0]
         j = 0
-        for b in columns:
-            for block, k in _split(a, b, scratch):
-                total[i + k : i + k + block.right.shape[0], j : j + b.right.shape[0]] = _ghost_block(block, b)
-            j += b.right.shape[0]
-        i += a.right.shape[0]
-    return total
+        for g in rows:
+            product = torch.einsum("btd,md->mbt", f.left, g.value)
+            product *= f.right[:, :, g.row].permute(2, 0, 1)  # (M, b, T)
+            each = product.sum(2, dtype=torch.float64)  # (M, b)
+            out[i : i + n, j : j + g.texts] += each.new_zeros(g.texts, n).index_add_(0, g.text, each).T
+            j += g.texts
+        i += n
 
 
-def _merged(column: Column) -> Column:
-    """Join the batches of factors with one row per text (biases, norms, heads): no padding keeps them apart."""
-    if column[0].one_hot or any(f.right.shape[1] > 1 for f in column):
-        return column
-    return [Factor(torch.cat([f.left for f in column]), torch.cat([f.right for f in column]))]
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Join explicit neighbours of the same rows: one product of many columns is faster than several of few."""
+    done: list[Piece] = []
+    for piece in sorted(pieces, key=lambda x: (x.way, x.i0, x.i1, x.j0)):
+        last = done[-1] if done else None
+        if last and piece.way == "explicit" == last.way and (last.i0, last.i1, last.j1) == (piece.i0, piece.i1, piece.j0):
+            done[-1] = Piece("explicit", last.i0, last.i1, last.j0, piece.j1)
+        else:
+            done.append(piece)
+    return sorted(done, key=lambda x: (x.i0, x.j0))
 
 
-def _split(a: Factor, b: Factor, scratch: int) -> list[tuple[Factor, int]]:
-    """Cut the texts of `a` so that the token Gram matrices with `b` fit into `scratch` bytes."""
-    tokens_b = b.right.shape[0] * b.right.shape[1]
-    per_text = 3 * a.right.shape[1] * tokens_b * a.right.element_size()
-    size = max(1, scratch // max(per_text, 1))
-    n = a.right.shape[0]
-    return [(Factor(a.left[k : k + size], a.right[k : k + size]), k) for k in range(0, n, size)]
+def _explicit_batches(pieces: Sequence[Piece], symmetric: bool) -> tuple[list[int], list[int]]:
+    """List the row and the column batches whose gradients are formed; the same ones when the kernel is symmetric."""
+    rows = {i for x in pieces if x.way == "explicit" for i in range(x.i0, x.i1)}
+    columns = {j for x in pieces if x.way == "explicit" for j in range(x.j0, x.j1)}
+    if symmetric:
+        rows = columns = rows | columns
+    return sorted(rows), sorted(columns)
 
 
-def _ghost_block(a: Factor, b: Factor) -> Tensor:
-    """Σ_{s,t} ⟨l_is, l_jt⟩⟨r_is, r_jt⟩ for all pairs of texts, (n_a, n_b) float64 on the CPU."""
-    (na, ta), (nb, tb) = a.right.shape[:2], b.right.shape[:2]
-    product = a.right.flatten(0, 1) @ b.right.flatten(0, 1).T  # (na*ta, nb*tb)
-    la, lb = a.left.flatten(0, 1), b.left.flatten(0, 1)
-    if a.one_hot and b.one_hot:
-        product = product * (la[:, None] == lb[None, :])
-    elif a.one_hot:
-        product = product * lb[:, la].T  # ⟨e_token, l⟩ is one entry of l
-    elif b.one_hot:
-        product = product * la[:, lb]
-    else:
-        product = product * (la @ lb.T)
-    return product.reshape(na, ta, nb, tb).sum((1, 3), dtype=torch.float64).cpu()
+def _sums(batches: Sequence[Shape]) -> tuple[list[int], list[int]]:
+    """Return running sums of texts and of tokens."""
+    texts, tokens = [0], [0]
+    for b, t in batches:
+        texts.append(texts[-1] + b)
+        tokens.append(tokens[-1] + b * t)
+    return texts, tokens
+
+
+def _middle(starts: Sequence[int], lo: int, hi: int) -> int:
+    """Return the batch boundary nearest to half of the texts, strictly inside when there is one."""
+    if hi - lo == 1:
+        return hi
+    half = (starts[lo] + starts[hi]) / 2
+    return min(range(lo + 1, hi), key=lambda k: abs(starts[k] - half))
+
+
+def _speed(side: int) -> float:
+    return next(speed for least, speed in SPEED if side >= least)
+
+
+def _starts(column: Sequence[Outer]) -> list[int]:
+    return _sums([shape_of(f) for f in column])[0]

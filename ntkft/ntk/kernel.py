@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +40,15 @@ class Kernel:
     matrix : (n, m) float64
         Unnormalised inner products of gradients; (n, n) and symmetric when both text lists are the same.
     scores : (n,) float64
-        f0 at the row texts.
+        f0 at the row texts; (n, c) for the trace kernel of a read-out with c outputs.
     other_scores : (m,) float64 or None
         f0 at the column texts; None for a square kernel.
     info : dict
         Model, read-out, parameters, seconds, versions and hashes of code and data.
     texts, other_texts : tuple of str
-        SHA-256 of each text, not the text.
+        SHA-256 of the text of each row and column, not the text.
+    parts : dict of str to (n, m) float64
+        The kernel of each block of parameters, if ``blocks=`` was given; they add up to `matrix`.
 
     Raises
     ------
@@ -60,13 +62,14 @@ class Kernel:
     info: dict[str, Any] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
     other_texts: tuple[str, ...] = ()
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         matrix = np.asarray(self.matrix, dtype=np.float64)
         scores = np.asarray(self.scores, dtype=np.float64)
         object.__setattr__(self, "matrix", matrix)
         object.__setattr__(self, "scores", scores)
-        if matrix.ndim != 2 or scores.shape != (matrix.shape[0],):
+        if matrix.ndim != 2 or scores.shape[:1] != (matrix.shape[0],):
             raise InputError(
                 f"The kernel matrix has shape {matrix.shape} and the scores have shape {scores.shape}: "
                 "rows and scores must be as many."
@@ -80,6 +83,9 @@ class Kernel:
                 f"The kernel matrix has {matrix.shape[1]} columns and other_scores has {len(self.other_scores)} entries: "
                 "columns and other_scores must be as many."
             )
+        for label, part in self.parts.items():
+            if part.shape != matrix.shape:
+                raise InputError(f"Part {label!r} has shape {part.shape} and the kernel {matrix.shape}: they must agree.")
         if not np.isfinite(matrix).all() or not np.isfinite(scores).all():
             raise InputError(
                 f"{int((~np.isfinite(matrix)).sum())} kernel entries and {int((~np.isfinite(scores)).sum())} scores "
@@ -103,6 +109,20 @@ class Kernel:
         """Whether rows and columns are the same texts."""
         return self.other_scores is None
 
+    def part(self, label: str) -> Kernel:
+        """Return the kernel of one block of parameters.
+
+        Example
+        -------
+        >>> whole = Kernel(np.eye(2), np.zeros(2), parts={"mlp": np.eye(2) / 4, "norm": np.eye(2) * 3 / 4})
+        >>> whole.part("mlp").matrix[0, 0]
+        np.float64(0.25)
+        """
+        if label not in self.parts:
+            known = ", ".join(self.parts) or "none: compute the kernel with blocks="
+            raise InputError(f"This kernel has no part {label!r}; its parts are {known}.")
+        return replace(self, matrix=self.parts[label], info=self.info | {"part": label}, parts={})
+
     def block(
         self, rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray | None = None
     ) -> Kernel:
@@ -119,17 +139,21 @@ class Kernel:
         if columns is None:
             if not self.square:
                 raise InputError("A rectangular kernel has no square block: give columns too.")
-            return Kernel(self.matrix[np.ix_(rows, rows)], self.scores[rows], None, self.info, tuple(pick))
+            index = np.ix_(rows, rows)
+            parts = {k: part[index] for k, part in self.parts.items()}
+            return Kernel(self.matrix[index], self.scores[rows], None, self.info, tuple(pick), (), parts)
         columns = np.asarray(columns)
         column_scores = self.scores if self.other_scores is None else self.other_scores
         column_texts = self.texts if self.square else self.other_texts
+        index = np.ix_(rows, columns)
         return Kernel(
-            self.matrix[np.ix_(rows, columns)],
+            self.matrix[index],
             self.scores[rows],
             column_scores[columns],
             self.info,
             tuple(pick),
             tuple(column_texts[j] for j in columns) if column_texts else (),
+            {k: part[index] for k, part in self.parts.items()},
         )
 
     def spectrum(self, centre: bool = False) -> Spectrum:
@@ -146,8 +170,9 @@ class Kernel:
         return Spectrum(np.linalg.eigvalsh((matrix + matrix.T) / (2 * self.n)))
 
     def matches(self, texts: Sequence[str]) -> bool:
-        """Whether the rows belong to exactly these texts, in this order."""
-        return self.texts == tuple(map(sha256_text, texts))
+        """Whether the rows belong to exactly these texts, in this order (each once for each output)."""
+        outputs = len(self.texts) // len(texts) if texts else 0
+        return self.texts == tuple(sha for sha in map(sha256_text, texts) for _ in range(outputs))
 
     def save(self, path: str | Path) -> Path:
         """Write the kernel to a ``.npz`` file, atomically and without pickle. Returns the path."""
@@ -160,6 +185,7 @@ class Kernel:
         arrays = {"matrix": self.matrix, "scores": self.scores, "header": np.array(json.dumps(header))}
         if self.other_scores is not None:
             arrays["other_scores"] = np.asarray(self.other_scores, dtype=np.float64)
+        arrays |= {f"part:{label}": part for label, part in self.parts.items()}
         with atomic_path(path) as temporary:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         return path
@@ -197,6 +223,7 @@ class Kernel:
                     header["info"],
                     tuple(header["texts"]),
                     tuple(header["other_texts"]),
+                    {k.removeprefix("part:"): data[k] for k in data.files if k.startswith("part:")},
                 )
         except (ValueError, OSError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
             if isinstance(error, InputError):
