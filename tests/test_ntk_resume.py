@@ -58,7 +58,8 @@ def test_the_plan_counts_the_multiply_adds_of_a_known_case():
 # ---------------------------------------------------------------- checkpoints
 
 SCRIPT = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have switched it off
     import ntkft
     from ntkft.ntk import engine
     from tests import tiny

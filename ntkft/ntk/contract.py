@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ntkft.ntk.factors import Chunk, Outer, Rows, Vector, shape_of
-from ntkft.ntk.precision import EXACT, Precision
+from ntkft.ntk.precision import EXACT, Precision, reuse
 
 # A product of a few rows runs slower than one of many: relative speed by the smaller side, measured on two cores. It only
 # steers the choice of way, so a rough table does; it is fixed, so that a resumed computation makes the same choices.
@@ -163,12 +163,19 @@ def cost_of(pieces: Sequence[Piece], rows: Sequence[Shape], columns: Sequence[Sh
 
 
 def contract(
-    rows: Sequence[Chunk], columns: Sequence[Chunk] | None, out: Tensor, scratch: int, precision: Precision = EXACT
+    rows: Sequence[Chunk],
+    columns: Sequence[Chunk] | None,
+    out: Tensor,
+    scratch: int,
+    precision: Precision = EXACT,
+    buffers: dict[str, Tensor] | None = None,
 ) -> None:
     """Add Σ ⟨G_i, G_j⟩ of one site to `out` (n, m) float64, with about `scratch` bytes of working memory.
 
-    `columns` is None for a symmetric kernel: then only the entries on and below the diagonal are meant.
+    `columns` is None for a symmetric kernel: then only the entries on and below the diagonal are meant. `buffers` keeps
+    working memory from one call to the next.
     """
+    buffers = {} if buffers is None else buffers
     right = rows if columns is None else columns
     for a in range(len(rows[0])):
         for b in range(len(right[0])):
@@ -176,7 +183,7 @@ def contract(
             same = columns is None and a == b
             kinds = (type(left_column[0]), type(right_column[0]))
             if kinds == (Outer, Outer):
-                _outer(left_column, None if same else right_column, out, scratch, precision)  # type: ignore[arg-type]
+                _outer(left_column, None if same else right_column, out, scratch, precision, buffers)  # type: ignore[arg-type]
             elif kinds == (Vector, Vector):
                 _vector(left_column, None if same else right_column, out, scratch)  # type: ignore[arg-type]
             elif kinds == (Rows, Rows):
@@ -188,7 +195,12 @@ def contract(
 
 
 def _outer(
-    rows: Sequence[Outer], columns: Sequence[Outer] | None, out: Tensor, scratch: int, precision: Precision
+    rows: Sequence[Outer],
+    columns: Sequence[Outer] | None,
+    out: Tensor,
+    scratch: int,
+    precision: Precision,
+    buffers: dict[str, Tensor],
 ) -> None:
     p, q = rows[0].left.shape[-1], rows[0].right.shape[-1]
     right = rows if columns is None else columns
@@ -201,13 +213,20 @@ def _outer(
                 turned = right[j].left.flatten(0, 1).T.contiguous(), right[j].right.flatten(0, 1).T.contiguous()
                 for i in range(max(x.i0, j) if columns is None else x.i0, x.i1):
                     same = columns is None and i == j
-                    _ghost(rows[i], turned, shape_of(right[j]), out[si[i] : si[i + 1], sj[j] : sj[j + 1]], same)
+                    _ghost(rows[i], turned, shape_of(right[j]), out[si[i] : si[i + 1], sj[j] : sj[j + 1]], buffers, same)
     explicit = [x for x in pieces if x.way == "explicit"]
     if explicit:
-        _explicit(rows, columns, explicit, out, scratch, precision)
+        _explicit(rows, columns, explicit, out, scratch, precision, buffers)
 
 
-def _ghost(a: Outer, turned: tuple[Tensor, Tensor], shape: Shape, out: Tensor, same: bool = False) -> None:
+def _ghost(
+    a: Outer,
+    turned: tuple[Tensor, Tensor],
+    shape: Shape,
+    out: Tensor,
+    buffers: dict[str, Tensor],
+    same: bool = False,
+) -> None:
     """Add Σ_{s,t} ⟨a_is, a_jt⟩⟨g_is, g_jt⟩ for all pairs of texts of two batches to `out` (n_a, n_b).
 
     If both batches are the `same`, only what lies on and below the diagonal is meant.
@@ -218,8 +237,10 @@ def _ghost(a: Outer, turned: tuple[Tensor, Tensor], shape: Shape, out: Tensor, s
         step = min(step, -(-na // 3))
     for k in range(0, na, step):
         m = min(k + step, nb) if same else nb
-        product = a.right[k : k + step].flatten(0, 1) @ turned[1][:, : m * tb]  # (step*ta, m*tb)
-        product *= a.left[k : k + step].flatten(0, 1) @ turned[0][:, : m * tb]
+        left, right = a.left[k : k + step].flatten(0, 1), a.right[k : k + step].flatten(0, 1)
+        tile = (len(left), m * tb)
+        product = torch.mm(right, turned[1][:, : m * tb], out=reuse(buffers, "g", tile, right.dtype, out.device))
+        product *= torch.mm(left, turned[0][:, : m * tb], out=reuse(buffers, "a", tile, left.dtype, out.device))
         # Sums over the tokens of two texts are short; the sums over layers, in `out`, are float64.
         out[k : k + step, :m] += product.view(-1, ta, m, tb).sum(3).sum(1)
 
@@ -231,6 +252,7 @@ def _explicit(
     out: Tensor,
     scratch: int,
     precision: Precision,
+    buffers: dict[str, Tensor],
 ) -> None:
     """Form the gradients of the batches that take part, a block of entries at a time, and multiply piece by piece."""
     used_i, used_j = _explicit_batches(pieces, columns is None)
@@ -243,9 +265,11 @@ def _explicit(
     room = max(1, scratch // (texts * part[0].right.element_size()))  # entries of a gradient at a time
     wide = min(q, WIDE, room)
     high = max(1, min(p, room // wide))
-    buffer = part[0].right.new_empty(si[-1] * high * wide)
-    other_buffer = buffer if other is None else buffer.new_empty(sj[-1] * high * wide)
-    buffers: dict[str, Tensor] = {}
+    like = part[0].right
+    buffer = reuse(buffers, "rows", [si[-1] * high * wide], like.dtype, like.device)
+    other_buffer = buffer
+    if other is not None:
+        other_buffer = reuse(buffers, "columns", [sj[-1] * high * wide], like.dtype, like.device)
     shift_i, shift_j = out.new_zeros(si[-1]), out.new_zeros(sj[-1])
     regions = [(slice(si[x.i0 - i0], si[x.i1 - i0]), slice(sj[x.j0 - j0], sj[x.j1 - j0])) for x in pieces]
     out = out[oi : oi + si[-1], oj : oj + sj[-1]]

@@ -374,6 +374,7 @@ def _contract_all(work: Workload, store: Store, device: torch.device, how: Preci
         return [unpack(store.get(f"{side}{i}", f"{k}.{site}."), device) for i in batches]
 
     held: tuple[Any, list[Chunk]] = (None, [])
+    buffers: dict[str, Tensor] = {}
     for number, (step, last) in enumerate(_with_last(work)):
         if number >= finished:
             if held[0] != (step.site, step.k, step.rows):
@@ -386,7 +387,7 @@ def _contract_all(work: Workload, store: Store, device: torch.device, how: Preci
                 k, row_starts[step.rows.start] : row_starts[step.rows.stop], l,
                 column_starts[other.start] : column_starts[other.stop],
             ]  # fmt: skip
-            contract(held[1], columns, out, work.scratch, how)
+            contract(held[1], columns, out, work.scratch, how, buffers)
             del columns
             store.save_sums(sums, number + 1)
         if last:

@@ -123,7 +123,7 @@ def _rates(work: Workload, precision: Precision, like: torch.Tensor) -> tuple[fl
     def ghost() -> None:
         turned = factor.left.flatten(0, 1).T.contiguous(), factor.right.flatten(0, 1).T.contiguous()
         for _ in range(4):  # one turned batch meets many
-            _ghost(factor, turned, (b, t), pair)
+            _ghost(factor, turned, (b, t), pair, buffers)
 
     share = 0.15 * SECONDS
     speed = next(s for least, s in SPEED if texts >= least)

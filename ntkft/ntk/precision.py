@@ -17,8 +17,9 @@ must be more than three times faster than float32 to gain anything, and on two m
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,18 +88,20 @@ class Precision:
                 torch.set_float32_matmul_precision(was)
 
     def _shifted(self, g: Tensor, v: Tensor, buffers: dict[str, Tensor], side: str) -> tuple[Tensor, Tensor]:
-        shifted = torch.sub(g, v, out=_buffer(buffers, side, g, g.dtype))
+        shifted = torch.sub(g, v, out=reuse(buffers, side, g.shape, g.dtype, g.device))
         c = (shifted @ v).double() + 0.5 * (v @ v).double()  # ⟨g, v⟩ - ‖v‖²/2, while `shifted` is in the cache
         if self.mode == "bf16":
-            shifted = _buffer(buffers, side + "16", g, torch.bfloat16).copy_(shifted)
+            shifted = reuse(buffers, side + "16", g.shape, torch.bfloat16, g.device).copy_(shifted)
         return shifted, c
 
 
-def _buffer(buffers: dict[str, Tensor], name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return memory of the shape of `like`, the same as last time if it is large enough."""
-    if name not in buffers or buffers[name].numel() < like.numel():
-        buffers[name] = like.new_empty(like.numel(), dtype=dtype)
-    return buffers[name][: like.numel()].view(like.shape)
+def reuse(buffers: dict[str, Tensor], name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory of a shape, the same as last time if it is large enough: fresh memory costs time."""
+    size = math.prod(shape)
+    if name not in buffers or buffers[name].numel() < size or buffers[name].dtype != dtype:
+        buffers.pop(name, None)
+        buffers[name] = torch.empty(size, dtype=dtype, device=device)
+    return buffers[name][:size].view(*shape)
 
 
 def _thin(a: Tensor, b: Tensor, parts: int = 4) -> Tensor:
