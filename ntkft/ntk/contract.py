@@ -210,28 +210,21 @@ def _outer(
     for x in pieces:
         if x.way == "ghost":
             for j in range(x.j0, x.j1):
-                turned = right[j].left.flatten(0, 1).T.contiguous(), right[j].right.flatten(0, 1).T.contiguous()
                 for i in range(max(x.i0, j) if columns is None else x.i0, x.i1):
                     same = columns is None and i == j
-                    _ghost(rows[i], turned, shape_of(right[j]), out[si[i] : si[i + 1], sj[j] : sj[j + 1]], buffers, same)
+                    _ghost(rows[i], right[j], out[si[i] : si[i + 1], sj[j] : sj[j + 1]], buffers, same)
     explicit = [x for x in pieces if x.way == "explicit"]
     if explicit:
         _explicit(rows, columns, explicit, out, scratch, precision, buffers)
 
 
-def _ghost(
-    a: Outer,
-    turned: tuple[Tensor, Tensor],
-    shape: Shape,
-    out: Tensor,
-    buffers: dict[str, Tensor],
-    same: bool = False,
-) -> None:
+def _ghost(a: Outer, b: Outer, out: Tensor, buffers: dict[str, Tensor], same: bool = False) -> None:
     """Add Σ_{s,t} ⟨a_is, a_jt⟩⟨g_is, g_jt⟩ for all pairs of texts of two batches to `out` (n_a, n_b).
 
     If both batches are the `same`, only what lies on and below the diagonal is meant.
     """
-    (na, ta), (nb, tb) = shape_of(a), shape
+    (na, ta), (nb, tb) = shape_of(a), shape_of(b)
+    other_left, other_right = b.left.flatten(0, 1), b.right.flatten(0, 1)  # (nb*tb, p), (nb*tb, q)
     step = max(1, TILE // (ta * nb * tb * a.right.element_size()))
     if same:
         step = min(step, -(-na // 3))
@@ -239,8 +232,8 @@ def _ghost(
         m = min(k + step, nb) if same else nb
         left, right = a.left[k : k + step].flatten(0, 1), a.right[k : k + step].flatten(0, 1)
         tile = (len(left), m * tb)
-        product = torch.mm(right, turned[1][:, : m * tb], out=reuse(buffers, "g", tile, right.dtype, out.device))
-        product *= torch.mm(left, turned[0][:, : m * tb], out=reuse(buffers, "a", tile, left.dtype, out.device))
+        product = torch.mm(right, other_right[: m * tb].T, out=reuse(buffers, "g", tile, right.dtype, out.device))
+        product *= torch.mm(left, other_left[: m * tb].T, out=reuse(buffers, "a", tile, left.dtype, out.device))
         # Sums over the tokens of two texts are short; the sums over layers, in `out`, are float64.
         out[k : k + step, :m] += product.view(-1, ta, m, tb).sum(3).sum(1)
 

@@ -293,9 +293,9 @@ def _flat(scores: np.ndarray, work: Workload) -> np.ndarray:
 
 
 def _extremes(token_ids: list[list[int]]) -> list[int]:
-    """Return the places of the shortest and the longest text."""
-    order = np.argsort([len(row) for row in token_ids], kind="stable")
-    return sorted({int(order[0]), int(order[-1])})
+    """Return the places of the shortest and the longest text; one if all are equally long."""
+    lengths = [len(row) for row in token_ids]
+    return sorted({int(np.argmin(lengths)), int(np.argmax(lengths))})
 
 
 def _capture_side(

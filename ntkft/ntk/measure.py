@@ -121,16 +121,14 @@ def _rates(work: Workload, precision: Precision, like: torch.Tensor) -> tuple[fl
     pair = out.new_zeros(b, b)
 
     def ghost() -> None:
-        turned = factor.left.flatten(0, 1).T.contiguous(), factor.right.flatten(0, 1).T.contiguous()
-        for _ in range(4):  # one turned batch meets many
-            _ghost(factor, turned, (b, t), pair, buffers)
+        _ghost(factor, factor, pair, buffers)
 
     share = 0.15 * SECONDS
     speed = next(s for least, s in SPEED if texts >= least)
     return (
         texts**2 * entries / (_timed(explicit, share, device) * speed),
         b * t * window[0].stop * window[1].stop / _timed(lambda: _gradients([factor], window, buffer), share, device),
-        4 * (b * t) ** 2 * (p + q) / _timed(ghost, share, device),
+        (b * t) ** 2 * (p + q) / _timed(ghost, share, device),
     )
 
 
