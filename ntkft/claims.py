@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ntkft.checks import Verdict, few_epochs, kernel_descent, stopping_rule
+from ntkft.checks import Verdict, few_epochs, kernel_descent, kernel_engine, stopping_rule
 from ntkft.errors import InputError
 
 
@@ -47,7 +47,7 @@ class Claim:
     refuted: bool = False
 
 
-_K, _S, _F = "kernel_descent", "stopping_rule", "few_epochs"
+_K, _S, _F, _E = "kernel_descent", "stopping_rule", "few_epochs", "kernel_engine"
 
 LEDGER = (
     Claim(
@@ -175,6 +175,34 @@ LEDGER = (
         "In every stored MiniLM run the predicted epoch comes before the best one, by at most a factor of three.",
         "stored",
         few_epochs.prediction_is_early_and_of_the_right_size,
+    ),
+    Claim(
+        "prop-contractions",
+        _E,
+        "⟨G_i, G_j⟩ = Σ_{s,t} ⟨a_is, a_jt⟩⟨g_is, g_jt⟩ for a linear layer.",
+        "numeric",
+        kernel_engine.two_contractions,
+    ),
+    Claim(
+        "prop-shift",
+        _E,
+        "⟨g, h⟩ = ⟨g-v, h-v⟩ + c_g + c_h with c_g = ⟨g, v⟩ - ‖v‖²/2.",
+        "numeric",
+        kernel_engine.shifted_products,
+    ),
+    Claim(
+        "obs-engine-peers",
+        _E,
+        "In the stored run every other method that finished took more time and more memory, and found the same kernel.",
+        "stored",
+        kernel_engine.faster_than_peers,
+    ),
+    Claim(
+        "obs-engine-exponent",
+        _E,
+        "Between 256 and 2048 reviews the exponent of time in n lies between 1 and 2.",
+        "stored",
+        kernel_engine.scaling_exponent,
     ),
 )
 

@@ -31,10 +31,14 @@ PROMISED = {
         "--readout",
         "--parameters",
         "--memory",
+        "--blocks",
+        "--precision",
+        "--checkpoint",
         "--text-column",
         "--label-column",
         "--json",
     },
+    "plan": {"--data", "--model", "--n", "--precision", "--memory", "--json"},
     "spectrum": {"--sigma", "--norm", "--json"},
     "run": {"--tier", "--seed", "--out", "--json"},
 }
@@ -184,6 +188,29 @@ def test_kernel_of_own_data(kernel_file):
     assert sorted(task.texts) == sorted(TEXTS) and kernel.matches(task.texts)
     readout = ntkft.pooled_readout(ntkft.load_model("minilm"), seed=3)
     np.testing.assert_allclose(kernel.scores, readout.scores(task.texts), atol=1e-5)
+
+
+def test_plan_prints_what_the_kernel_would_take_and_computes_nothing(kernel_file, call):
+    path, _ = kernel_file
+    own = ("--data", path.parent / "own.csv", "--text-column", "what", "--label-column", "verdict")
+    before = sorted(path.parent.iterdir())
+    code, out, _ = call("plan", *own, "--json")
+    values = json.loads(out)
+    assert code == 0 and values["texts"] == [4, 4] and values["parameters"] == 22_565_376 + 384
+    assert 0 < values["seconds"] < 60 and values["budget"] == 2_000_000_000
+    code, out, _ = call("plan", *own, "--parameters", "*query*", "--memory", "1GB")
+    assert code == 0 and "4 x 4 texts" in out and "of 1,000 MB" in out and "key" not in out
+    assert sorted(path.parent.iterdir()) == before
+
+
+def test_kernel_with_parts(kernel_file, call, tmp_path):
+    path, _ = kernel_file
+    own = ("--data", path.parent / "own.csv", "--text-column", "what", "--label-column", "verdict", "--seed", 3)
+    code, out, _ = call("kernel", *own, "--blocks", "kind", "--out", tmp_path / "parts.npz", "--json")
+    shares = {k: v for k, v in json.loads(out).items() if k.startswith("trace ")}
+    assert code == 0 and sum(shares.values()) == pytest.approx(1) and "trace attention.q" in shares
+    kernel = ntkft.Kernel.load(tmp_path / "parts.npz")
+    np.testing.assert_allclose(sum(kernel.parts.values()), ntkft.Kernel.load(path).matrix, rtol=1e-4)
 
 
 def test_spectrum_agrees_with_the_library(kernel_file, call):

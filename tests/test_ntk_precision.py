@@ -10,6 +10,7 @@ import ntkft
 from ntkft.errors import InputError
 from ntkft.ntk import engine
 from ntkft.ntk import precision as module
+from ntkft.ntk.contract import Cost, Piece, choose_way
 from ntkft.ntk.precision import EXACT, Precision, Sampled, candidates, choose, compare
 from tests import tiny
 from tests.helpers import relative
@@ -90,12 +91,31 @@ def test_the_sample_tells_the_operator_norm_of_the_error():
     assert Sampled(2, 0.0, 0.0, 1.0).eigenvalue_error(np.zeros(4)) == float("inf")
 
 
+def every_product_explicit(rows, columns, p, q, precision):
+    """Ghost is exact in both: leave it out."""
+    return [Piece("explicit", 0, len(rows), 0, len(columns or rows))], precision, Cost()
+
+
+def test_fast_products_are_for_many_texts():
+    few, many = [(16, 24)] * 2, [(16, 24)] * 64
+    fast = Precision("bf16", 2.0)
+    assert choose_way(few, None, 384, 384, fast)[1] is EXACT
+    pieces, how, cost = choose_way(many, None, 384, 384, fast)
+    assert how is fast and any(x.way == "explicit" for x in pieces)
+    assert cost.total < choose_way(many, None, 384, 384, EXACT)[2].total
+    readout = ntkft.pooled_readout(tiny.bert(torch.float32))
+    small = ntkft.empirical_ntk(readout, tiny.TEXTS, precision="fast", progress=False)
+    assert small.info["products"] == "exact" and "fast" not in small.info
+
+
 @pytest.fixture
 def fast(monkeypatch):
     """Fast products also where this machine would not gain from them."""
 
     def use(precision):
         monkeypatch.setattr(engine, "choose", lambda name, *a: EXACT if name == "exact" else precision)
+        monkeypatch.setattr("ntkft.ntk.plan.Workload.worth", lambda self, how: True)
+        monkeypatch.setattr("ntkft.ntk.contract.choose_way", every_product_explicit)
 
     return use
 
@@ -125,11 +145,6 @@ def test_fast_refuses_when_it_is_not_exact_enough(fast, monkeypatch):
             yield from super().slices(left * noise, right, buffers)
 
     fast(Coarse("bf16", 2.0))
-    # No ghost, which is exact in both.
-    monkeypatch.setattr(
-        "ntkft.ntk.contract.schedule",
-        lambda rows, columns, *a: [ntkft.ntk.contract.Piece("explicit", 0, len(rows), 0, len(columns or rows))],
-    )
     readout = ntkft.pooled_readout(tiny.bert(torch.float32))
     with pytest.raises(InputError, match=r"precision='fast' errs by about [0-9.]+% .* use precision='exact'"):
         ntkft.empirical_ntk(readout, tiny.TEXTS, precision="fast", progress=False)

@@ -53,7 +53,10 @@ def shifted_products(broken: bool = False) -> Verdict:
 
 def faster_than_peers(broken: bool = False) -> Verdict:
     """In the stored run, every peer that finished took longer and more memory, and found the same kernel."""
-    times, memory, gaps, count = [], [], [], 0
+    times: list[float] = []
+    memory: list[float] = []
+    gaps: list[float] = []
+    count = 0
     for case in kernel_engine.load()["cases"]:
         found = kernel_engine.finished(case)
         for name, one in found.items():

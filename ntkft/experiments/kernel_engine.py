@@ -1,6 +1,7 @@
 """The stored benchmark of the engine, as the book tells it: rows for its tables, and the ratios that were asked for.
 
-The benchmark itself is ``benchmarks/ntk.py``; it writes ``results/kernel_engine/benchmark.json``.
+The benchmark itself is ``benchmarks/ntk.py``, which wants an idle machine and other packages; it writes
+``results/kernel_engine/benchmark.json``. This module only reads.
 
 Example
 -------

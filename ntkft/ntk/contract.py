@@ -15,7 +15,7 @@ precision, sums over blocks and layers are float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -29,6 +29,7 @@ from ntkft.ntk.precision import EXACT, Precision, reuse
 SPEED = ((512, 1.0), (256, 0.95), (128, 0.87), (64, 0.72), (32, 0.55), (0, 0.35))
 GHOST_EXTRA = 40  # multiplying and summing two token Gram matrices costs about this many multiply-adds an entry
 FORMING = 0.65  # speed of forming gradients, relative to a large product
+SHIFT = 50  # rounding an entry of a gradient to bf16 takes about as long as this many multiply-adds
 LEAF = 64  # texts; smaller rectangles are not cut
 TILE = 2**20  # bytes of a token Gram matrix, which should stay in the cache
 WIDE = 512  # entries of the right factor that are formed together
@@ -54,13 +55,14 @@ Priced = tuple[float, tuple[Piece, ...]]
 class Cost:
     """Multiply-adds by kind: explicit products, forming their gradients, ghost products. They run at different speeds.
 
-    `slowness` is what the explicit products would be at the speed of large ones.
+    `slowness` is what the explicit products would be at the speed of large exact ones. `entries` counts what is formed.
     """
 
     explicit: float = 0.0
     forming: float = 0.0
     ghost: float = 0.0
     slowness: float = 0.0
+    entries: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
@@ -68,9 +70,14 @@ class Cost:
     def __mul__(self, times: float) -> Cost:
         return Cost(*(a * times for a in self.astuple()))
 
-    def astuple(self) -> tuple[float, float, float, float]:
-        """Return the four numbers."""
-        return self.explicit, self.forming, self.ghost, self.slowness
+    def astuple(self) -> tuple[float, ...]:
+        """Return the five numbers."""
+        return self.explicit, self.forming, self.ghost, self.slowness, self.entries
+
+    @property
+    def total(self) -> float:
+        """Everything, in multiply-adds at the speed of large exact products."""
+        return self.slowness + self.forming / FORMING + self.ghost
 
     @property
     def multiply_adds(self) -> float:
@@ -157,9 +164,29 @@ def cost_of(pieces: Sequence[Piece], rows: Sequence[Shape], columns: Sequence[Sh
             ghost += (ti[x.i1] - ti[x.i0]) * (tj[x.j1] - tj[x.j0]) * (p + q)
     left, right = _explicit_batches(pieces, columns is None)
     forming = sum(rows[i][0] * rows[i][1] for i in left)
+    formed = sum(rows[i][0] for i in left)
     if columns is not None:
         forming += sum(other[j][0] * other[j][1] for j in right)
-    return Cost(explicit, float(forming * p * q), ghost, slowness)
+        formed += sum(other[j][0] for j in right)
+    return Cost(explicit, float(forming * p * q), ghost, slowness, float(formed * p * q))
+
+
+def choose_way(
+    rows: Sequence[Shape], columns: Sequence[Shape] | None, p: int, q: int, precision: Precision
+) -> tuple[list[Piece], Precision, Cost]:
+    """Return the cheapest schedule, and whether its explicit products are worth being fast.
+
+    Taking off the common part and rounding costs `SHIFT` multiply-adds for each entry of a gradient, so fast products pay
+    for many texts and not for few.
+    """
+    pieces = schedule(rows, columns, p, q)
+    cost = cost_of(pieces, rows, columns, p, q)
+    if precision.mode == "exact":
+        return pieces, precision, cost
+    fast = schedule(rows, columns, p, q, precision.gain)
+    found = cost_of(fast, rows, columns, p, q)
+    found = replace(found, slowness=found.slowness / precision.gain + SHIFT * found.entries)
+    return (fast, precision, found) if found.explicit and found.total < cost.total else (pieces, EXACT, cost)
 
 
 def contract(
@@ -205,7 +232,7 @@ def _outer(
     p, q = rows[0].left.shape[-1], rows[0].right.shape[-1]
     right = rows if columns is None else columns
     shapes, other = [shape_of(f) for f in rows], None if columns is None else [shape_of(f) for f in columns]
-    pieces = schedule(shapes, other, p, q, precision.gain)
+    pieces, precision, _ = choose_way(shapes, other, p, q, precision)
     si, sj = _starts(rows), _starts(right)
     for x in pieces:
         if x.way == "ghost":

@@ -37,7 +37,7 @@ from ntkft.ntk.layout import Site, assemble, blocks_by
 from ntkft.ntk.measure import estimate
 from ntkft.ntk.oracle import autograd_squares, check
 from ntkft.ntk.plan import Plan, Workload, describe, divide, parse_memory
-from ntkft.ntk.precision import SAMPLE, TOLERANCE, Precision, Sampled, choose, compare, refuse
+from ntkft.ntk.precision import EXACT, SAMPLE, TOLERANCE, Precision, Sampled, choose, compare, refuse
 from ntkft.ntk.release import release_memory
 from ntkft.ntk.store import Store, pack, unpack
 from ntkft.provenance import code_hash
@@ -109,7 +109,7 @@ def empirical_ntk(
         For a read-out with c outputs: the (nc, nc) kernel, entry (i c + k, j c + l) between output k of text i and l of j; or
         its trace over outputs, (n, n).
     precision : "exact" or "fast"
-        Products in the model's own precision; or in the machine's bf16 units, where it has faster ones, with the error
+        Products in the model's own precision; or in the machine's bf16 units, where that is faster, with the error
         measured on a random sample and refused where an eigenvalue down to rank n/2 may be off by more than one in a hundred.
         Sums over blocks are float64 in both.
     memory : str or int
@@ -158,6 +158,8 @@ def empirical_ntk(
     work = divide(
         readout, want, rows, columns, label, budget, keep=checkpoint is not None, trace=outputs == "trace"
     )
+    if how.mode != "exact" and not work.worth(how):
+        how = EXACT
     if plan_only:
         return estimate(describe(readout, work, budget, how), readout, work, want, rows, how)
 
@@ -176,7 +178,8 @@ def empirical_ntk(
         other_scores = None
         if columns is not None and work.columns is not None:
             other_scores, _ = _capture_side("column", work, work.columns, columns, readout, want, store, bar)
-        sums = _contract_all(work, store, like.device, how, bar)
+        labels = list(dict.fromkeys(map(label, names)))
+        sums = _contract_all(work, labels, store, like.device, how, bar)
         parts = _finish(work, sums, squares, label)
         matrix = sum(parts.values(), np.zeros_like(next(iter(parts.values()))))
         sampled = None
@@ -357,7 +360,9 @@ def _assemble_all(sites: Sequence[Site], found: Captured) -> tuple[dict[str, Ten
     return {k: torch.stack(v, 1).cpu() for k, v in squares.items()} | {"": found.scores.double().cpu()}, chunks
 
 
-def _contract_all(work: Workload, store: Store, device: torch.device, how: Precision, bar: Any) -> dict[str, Tensor]:
+def _contract_all(
+    work: Workload, labels: Sequence[str], store: Store, device: torch.device, how: Precision, bar: Any
+) -> dict[str, Tensor]:
     """Add up all products; return the sums by block, (c, n, c, m) float64 in the order of the batches."""
     c = 1 if work.trace else work.outputs
     row_starts = np.concatenate([[0], np.cumsum([b for b, _ in work.row_shapes])])
@@ -366,8 +371,8 @@ def _contract_all(work: Workload, store: Store, device: torch.device, how: Preci
     right_side = "row" if work.columns is None else "column"
     sums, finished = store.load_sums()
     if not sums:
-        labels = dict.fromkeys(site.label for site in work.sites)
-        sums = {k: torch.zeros(c, int(row_starts[-1]), c, int(column_starts[-1]), dtype=torch.float64) for k in labels}
+        shape = (c, int(row_starts[-1]), c, int(column_starts[-1]))
+        sums = {k: torch.zeros(shape, dtype=torch.float64) for k in labels}
     sums = {k: t.to(device) for k, t in sums.items()}
 
     def load(side: str, site: int, k: int, batches: range) -> list[Chunk]:

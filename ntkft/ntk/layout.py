@@ -7,6 +7,7 @@ they make one matrix product. A `Site` is such a group; the kernel is a sum over
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -125,8 +126,6 @@ def blocks_by(
         ``"layer"`` cuts by depth, ``"kind"`` into attention.q/k/v/o, mlp, norm, embedding and head. A name that no pattern of a
         mapping matches counts as ``"rest"``.
     """
-    import fnmatch
-
     if blocks is None:
         return lambda name: "all"
     if callable(blocks):

@@ -25,7 +25,7 @@ from ntkft.ntk.contract import SPEED, _ghost, _gradients
 from ntkft.ntk.factors import Outer
 from ntkft.ntk.layout import assemble
 from ntkft.ntk.plan import Plan, Workload
-from ntkft.ntk.precision import Precision
+from ntkft.ntk.precision import EXACT, SAMPLE, Precision
 from ntkft.readout import Readout
 
 SECONDS = 2.0  # of measurement, roughly
@@ -37,9 +37,11 @@ def estimate(
 ) -> Plan:
     """Return the plan with its seconds."""
     pass_seconds = _passes(plan, readout, work, want, rows)
+    if precision.mode != "exact":  # the sample that tells the error
+        pass_seconds *= 1 + min(1.0, SAMPLE / plan.texts[0])
     if work.disk_bytes:  # written once, read about once
         pass_seconds += 1.5 * work.disk_bytes / _disk_rate()
-    explicit, forming, ghost = _rates(work, precision, next(readout.module.parameters()))
+    explicit, forming, ghost = _rates(work, next(readout.module.parameters()))
     product = plan.cost.slowness / explicit + plan.cost.forming / forming + plan.cost.ghost / ghost
     return replace(plan, pass_seconds=pass_seconds, product_seconds=product)
 
@@ -89,7 +91,7 @@ def _passes(plan: Plan, readout: Readout, work: Workload, want: Wanted, rows: li
     return per_batch * batches + slope * plan.tokens + 3 * CHECKED * small
 
 
-def _rates(work: Workload, precision: Precision, like: torch.Tensor) -> tuple[float, float, float]:
+def _rates(work: Workload, like: torch.Tensor) -> tuple[float, float, float]:
     """Measure multiply-adds a second of explicit products (of many texts), of forming gradients, and of ghost products."""
     outer = [k for k, site in enumerate(work.sites) if site.kinds[0] == "Outer"]
     if not outer:
@@ -113,7 +115,7 @@ def _rates(work: Workload, precision: Precision, like: torch.Tensor) -> tuple[fl
     buffers: dict[str, torch.Tensor] = {}
 
     def explicit() -> None:
-        for piece in precision.slices(block, None, buffers):
+        for piece in EXACT.slices(block, None, buffers):
             out.add_(piece.product(slice(None), slice(None)))
 
     window = (slice(0, max(1, min(p, 16384 // min(q, 512)))), slice(0, min(q, 512)))

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ntkft.errors import InputError
 from ntkft.ntk.capture import Captured, MixedBatch, Wanted, capture
-from ntkft.ntk.contract import Cost, Shape, cost_of, schedule
+from ntkft.ntk.contract import Cost, Shape, choose_way
 from ntkft.ntk.factors import Outer, nbytes
 from ntkft.ntk.layout import Site, assemble, find_sites
-from ntkft.ntk.precision import Precision
+from ntkft.ntk.precision import EXACT, Precision
 from ntkft.readout import Readout
 
 TOKENS = 384  # of a batch: more do not make the pass faster on a few cores, and finer batches are cut more closely
@@ -113,7 +113,7 @@ class Workload:
                         for b, columns in enumerate(right[: a + 1] if symmetric else right):
                             yield Step(site, k, l, rows, None if symmetric and a == b else columns)
 
-    def cost(self, step: Step, gain: float = 1.0) -> tuple[Cost, set[str]]:
+    def cost(self, step: Step, precision: Precision) -> tuple[Cost, set[str]]:
         """Return the multiply-adds of a step, and the ways it is done."""
         p, q = self.widths[step.site]
         rows = [self.row_shapes[i] for i in step.rows]
@@ -126,11 +126,16 @@ class Workload:
             way = "by row" if kinds[0] == "Rows" else "direct"
             adds = 2.0 * n * m * q  # as float64 runs at half the speed
             return Cost(adds, slowness=adds), {way}
-        shape = lambda batch: (batch[0], batch[1] if self.sizes[step.site][1] else 1)  # noqa: E731
-        rows = [shape(x) for x in rows]
-        columns = None if columns is None else [shape(x) for x in columns]
-        pieces = schedule(rows, columns, p, q, gain)
-        return cost_of(pieces, rows, columns, p, q), {x.way for x in pieces} | set(kinds[1:] and ("by row",))
+        if not self.sizes[step.site][1]:  # only one token of each text matters
+            rows, columns = [(b, 1) for b, _ in rows], None if columns is None else [(b, 1) for b, _ in columns]
+        pieces, how, cost = choose_way(rows, columns, p, q, precision)
+        names = {"ghost": "ghost", "explicit": "explicit" if how.mode == "exact" else f"explicit ({how.mode})"}
+        return cost, {names[x.way] for x in pieces} | set(kinds[1:] and ("by row",))
+
+    def worth(self, precision: Precision) -> bool:
+        """Whether fast products save at least a tenth of all of them: they also need a sample computed exactly."""
+        fast, exact = (sum(self.cost(step, how)[0].total for step in self.steps()) for how in (precision, EXACT))
+        return fast < 0.9 * exact
 
 
 def parse_memory(memory: str | int) -> int:
@@ -203,7 +208,7 @@ def divide(
     tokens = max(len(longest), min(TOKENS, int(room * 0.5 / token_bytes)))
     row_batches = token_batches(rows, tokens)
     column_batches = None if columns is None else token_batches(columns, tokens)
-    sizes, widths = zip(*(_sizes(site, found, len(longest), 2 if apart else 1) for site in sites), strict=True)
+    measured = [_sizes(site, found, len(longest), 2 if apart else 1) for site in sites]
     work = Workload(
         sites,
         row_batches,
@@ -217,8 +222,8 @@ def divide(
         keep=keep,
         scratch=SCRATCH,
         limit=0,
-        sizes=list(sizes),
-        widths=list(widths),
+        sizes=[size for size, _ in measured],
+        widths=[width for _, width in measured],
         token_bytes=token_bytes,
         fixed_bytes=fixed,
         check_bytes=check_bytes,
@@ -352,7 +357,7 @@ def describe(readout: Readout, work: Workload, budget: int, precision: Precision
     for k, site in enumerate(work.sites):
         cost, ways = Cost(), set[str]()
         for step in work.steps([k]):
-            one, found = work.cost(step, precision.gain)
+            one, found = work.cost(step, precision)
             cost, ways = cost + one, ways | found
         p, q = work.widths[k]
         name = site.names[0] + (f" + {len(site.names) - 1} more" if len(site.names) > 1 else "")
