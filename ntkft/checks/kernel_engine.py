@@ -47,7 +47,7 @@ def shifted_products(broken: bool = False) -> Verdict:
         g, h, v = rng.standard_normal(30), rng.standard_normal(30), 5 * rng.standard_normal(30)
         half = 1.0 if broken else 0.5
         c_g, c_h = g @ v - half * v @ v, h @ v - half * v @ v
-        worst = max(worst, abs(g @ h - ((g - v) @ (h - v) + c_g + c_h)))
+        worst = max(worst, float(abs(g @ h - ((g - v) @ (h - v) + c_g + c_h))))
     return Verdict(worst < 1e-10, f"20 triples of vectors: largest gap {worst:.1e}")
 
 

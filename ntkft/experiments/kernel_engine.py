@@ -77,7 +77,9 @@ def _short(message: str) -> str:
     """Return an error's last words without what concerns only its author."""
     if "can't allocate memory" in message or "MemoryError" in message or "RESOURCE_EXHAUSTED" in message:
         return f"out of memory ({load()['manifest']['memory_limit'] / 1e9:.0f} GB allowed)"
-    return message.replace("|", "/")[:110]
+    if "ended with status -" in message:
+        return f"crashed (signal {message.rsplit('-', 1)[-1]}) within the memory allowed"
+    return message.replace("RuntimeError: ", "").replace("|", "/")[:110]
 
 
 def scaling() -> tuple[np.ndarray, np.ndarray]:

@@ -133,9 +133,9 @@ class Workload:
         return cost, {names[x.way] for x in pieces} | set(kinds[1:] and ("by row",))
 
     def worth(self, precision: Precision) -> bool:
-        """Whether fast products save at least a tenth of all of them: they also need a sample computed exactly."""
+        """Whether fast products save at least a fifth of all of them: they also need a sample computed exactly."""
         fast, exact = (sum(self.cost(step, how)[0].total for step in self.steps()) for how in (precision, EXACT))
-        return fast < 0.9 * exact
+        return fast < 0.8 * exact
 
 
 def parse_memory(memory: str | int) -> int:
