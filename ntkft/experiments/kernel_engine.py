@@ -56,14 +56,31 @@ def finished(case: str) -> dict[str, dict[str, Any]]:
     return {name: found for name, found in methods(case).items() if "failed" not in found}
 
 
+def title(case: str) -> str:
+    """Return how the page calls a case.
+
+    >>> title("minilm-equal-64")
+    'MiniLM, 64 texts'
+    """
+    model, kind, n = case.split("-")
+    names = {"minilm": "MiniLM", "smollm2": "SmolLM2"}
+    return f"{names[model]}, {n} {'texts' if kind == 'equal' else kind}"
+
+
 def rows(case: str) -> list[list[str]]:
-    """Return the lines of a table: method, seconds, peak memory, times as long as ours, agreement or failure."""
+    """Return the lines of a table: method, seconds, peak memory, times as long as ours, agreement or failure.
+
+    Methods that were not tried, because they had failed on fewer texts, are left out.
+    """
     found = methods(case)
     reference = found["ours"]["seconds"]
     lines = []
-    for name, one in found.items():
+    for name in (name for name in METHODS if name in found):
+        one = found[name]
         if "failed" in one:
-            lines.append([METHODS[name], "–", "–", "–", f"failed: {_short(one['failed'])}"])
+            reason = one["failed"].removeprefix("RuntimeError: ")
+            if not reason.startswith("not "):
+                lines.append([METHODS[name], "–", "–", "–", f"failed: {_short(reason)}"])
             continue
         agrees = f"{one['difference']:.0e}" if "difference" in one else "–"
         if "without" in one:
@@ -79,7 +96,7 @@ def _short(message: str) -> str:
         return f"out of memory ({load()['manifest']['memory_limit'] / 1e9:.0f} GB allowed)"
     if "ended with status -" in message:
         return f"crashed (signal {message.rsplit('-', 1)[-1]}) within the memory allowed"
-    return message.replace("RuntimeError: ", "").replace("|", "/")[:110]
+    return message.replace("|", "/")[:110]
 
 
 def scaling() -> tuple[np.ndarray, np.ndarray]:
