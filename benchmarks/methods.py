@@ -6,6 +6,7 @@ equal lengths and no mask where a mask would stop it, chunks where all at once w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -154,8 +155,6 @@ def _is_head(name: str) -> bool:
 
 def passes(readout: Readout, batches: Sequence[Ids]) -> float:
     """Return the seconds of plain forward and backward passes, with weight gradients, over the same batches."""
-    import time
-
     started = time.perf_counter()
     for batch in batches:
         readout.module(**readout.collate(batch)).sum().backward()

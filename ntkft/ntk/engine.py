@@ -35,9 +35,9 @@ from ntkft.ntk.factors import Chunk, merge
 from ntkft.ntk.kernel import Kernel
 from ntkft.ntk.layout import Site, assemble, blocks_by
 from ntkft.ntk.measure import estimate
-from ntkft.ntk.oracle import autograd_squares, check
+from ntkft.ntk.oracle import check_all, truth_of_extremes
 from ntkft.ntk.plan import Plan, Workload, describe, divide, parse_memory
-from ntkft.ntk.precision import EXACT, SAMPLE, TOLERANCE, Precision, Sampled, choose, compare, refuse
+from ntkft.ntk.precision import EXACT, SAMPLE, TOLERANCE, Precision, choose, compare, refuse
 from ntkft.ntk.release import release_memory
 from ntkft.ntk.store import Store, pack, unpack
 from ntkft.provenance import code_hash
@@ -171,10 +171,9 @@ def empirical_ntk(
         desc="empirical NTK",
         unit="step",
     ) as bar:
-        expected = {i: autograd_squares(readout, rows[i], names) for i in _extremes(rows)}
+        truth = truth_of_extremes(readout, rows, names)  # before any factors are held: whole gradients need room
         scores, squares = _capture_side("row", work, work.rows, rows, readout, want, store, bar)
-        for i, truth in expected.items():
-            check(i, {name: values[i] for name, values in squares.items()}, truth)
+        check_all(squares, truth)
         other_scores = None
         if columns is not None and work.columns is not None:
             other_scores, _ = _capture_side("column", work, work.columns, columns, readout, want, store, bar)
@@ -215,7 +214,7 @@ def empirical_ntk(
         },
     }
     if sampled is not None:
-        info["fast"] = asdict(sampled) | {"eigenvalue_error": _eigenvalue_error(sampled, matrix, columns is None)}
+        info["fast"] = sampled
     c = 1 if work.trace else work.outputs
     return Kernel(
         matrix,
@@ -259,9 +258,7 @@ def ntk_diagonal(
     work = divide(readout, want, rows, None, label, parse_memory(memory), trace=True)
     with tqdm(total=len(work.rows), disable=not progress, desc="NTK diagonal", unit="batch") as bar:
         _, squares = _capture_side("row", work, work.rows, rows, readout, want, None, bar)
-    for i in _extremes(rows):
-        truth = autograd_squares(readout, rows[i], names)
-        check(i, {name: values[i] for name, values in squares.items()}, truth)
+    check_all(squares, truth_of_extremes(readout, rows, names))
     found: dict[str, np.ndarray] = {}
     for name, values in squares.items():
         found[label(name)] = found.get(label(name), 0.0) + values.sum(1)
@@ -293,12 +290,6 @@ def _flat(scores: np.ndarray, work: Workload) -> np.ndarray:
     if work.outputs == 1:
         return scores[:, 0]
     return scores if work.trace else scores.reshape(-1)
-
-
-def _extremes(token_ids: list[list[int]]) -> list[int]:
-    """Return the places of the shortest and the longest text; one if all are equally long."""
-    lengths = [len(row) for row in token_ids]
-    return sorted({int(np.argmin(lengths)), int(np.argmax(lengths))})
 
 
 def _capture_side(
@@ -449,8 +440,8 @@ def _sample(
     outputs: Literal["full", "trace"],
     budget: int,
     matrix: np.ndarray,
-) -> Sampled:
-    """Compute a random sample of the kernel exactly and compare; refuse a kernel that errs too much."""
+) -> dict[str, Any]:
+    """Compute a random sample of the kernel exactly and say how far it is off; refuse a kernel that errs too much."""
     n = len(texts)
     chosen = np.sort(np.random.default_rng(0).permutation(n)[:SAMPLE])
     exact = empirical_ntk(
@@ -466,15 +457,11 @@ def _sample(
     rows = (chosen[:, None] * c + np.arange(c)).reshape(-1)
     columns = rows if other is None else np.arange(exact.shape[1])
     sampled = compare(matrix[np.ix_(rows, columns)], exact, matrix.shape, square=other is None)
-    error = _eigenvalue_error(sampled, matrix, other is None)
+    # Of the eigenvalues down to rank n/2; a rectangular kernel has none.
+    error = sampled.eigenvalue_error(np.linalg.eigvalsh(matrix / len(matrix))[::-1]) if other is None else None
     if error is not None and error > TOLERANCE:
         raise refuse(error, f"estimated from {len(chosen)} of {n} texts")
-    return sampled
-
-
-def _eigenvalue_error(sampled: Sampled, matrix: np.ndarray, square: bool) -> float | None:
-    """Return the estimated relative error of the eigenvalues down to rank n/2; None for a rectangular kernel."""
-    return sampled.eigenvalue_error(np.linalg.eigvalsh(matrix / len(matrix))[::-1]) if square else None
+    return asdict(sampled) | {"eigenvalue_error": error}
 
 
 def _job(

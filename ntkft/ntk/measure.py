@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ntkft.ntk.capture import Wanted, capture
-from ntkft.ntk.contract import SPEED, _ghost, _gradients
+from ntkft.ntk.contract import _ghost, _gradients, _speed
 from ntkft.ntk.factors import Outer
 from ntkft.ntk.layout import assemble
 from ntkft.ntk.plan import Plan, Workload
@@ -126,9 +126,8 @@ def _rates(work: Workload, like: torch.Tensor) -> tuple[float, float, float]:
         _ghost(factor, factor, pair, buffers)
 
     share = 0.15 * SECONDS
-    speed = next(s for least, s in SPEED if texts >= least)
     return (
-        texts**2 * entries / (_timed(explicit, share, device) * speed),
+        texts**2 * entries / (_timed(explicit, share, device) * _speed(texts)),
         b * t * window[0].stop * window[1].stop / _timed(lambda: _gradients([factor], window, buffer), share, device),
         (b * t) ** 2 * (p + q) / _timed(ghost, share, device),
     )

@@ -79,6 +79,22 @@ def autograd_squares(readout: Readout, ids: list[int], names: Sequence[str]) -> 
     return result
 
 
+Truth = dict[int, list[dict[str, float]]]  # place of a text -> its `autograd_squares`
+
+
+def truth_of_extremes(readout: Readout, token_ids: list[list[int]], names: Sequence[str]) -> Truth:
+    """Return `autograd_squares` of the shortest and the longest text; of one if all are equally long."""
+    lengths = [len(row) for row in token_ids]
+    places = sorted({int(np.argmin(lengths)), int(np.argmax(lengths))})
+    return {i: autograd_squares(readout, token_ids[i], names) for i in places}
+
+
+def check_all(squares: Mapping[str, np.ndarray], truth: Truth) -> None:
+    """Compare the factors' squares (n, c) of each parameter with the truth that is known of some texts."""
+    for i, expected in truth.items():
+        check(i, {name: values[i] for name, values in squares.items()}, expected)
+
+
 def check(text: int, squares: Mapping[str, Sequence[float]], expected: Sequence[Mapping[str, float]]) -> None:
     """Compare each parameter's ‖∂f_k(x)/∂p‖² from the factors with autograd's; raise on the first that differs."""
     for k, norms in enumerate(expected):

@@ -12,7 +12,7 @@ rounds each block of a product once, and blocks are added in float64. What error
 hoped for: the kernel of a random sample of the texts is computed exactly too (`Sampled`).
 
 Why not split each gradient into two bf16 numbers, hi + lo? Three products of two would be nearly exact. But then bf16
-must be more than three times faster than float32 to gain anything, and on two machines that we measured it was twice.
+must be more than three times faster than float32 to gain anything, and on the machine of the book's benchmark it is twice.
 """
 
 from __future__ import annotations
