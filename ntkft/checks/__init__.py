@@ -2,11 +2,12 @@
 
 A check is a function ``check(broken=False) -> Verdict``. It compares two computations that share as little as
 possible. With ``broken=True`` it runs the same comparison on a deliberately wrong version of the claim and must
-then fail: a check that cannot fail is no check.
+then fail: a check that cannot fail is no check. Each module ends with ``CLAIMS``, its chapter's part of the ledger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -16,3 +17,31 @@ class Verdict:
 
     holds: bool
     evidence: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One numbered statement.
+
+    Attributes
+    ----------
+    id : str
+        The label in the chapter.
+    chapter : str
+        File stem of the chapter.
+    statement : str
+        The claim in one sentence.
+    kind : str
+        "numeric", "stored" or "cited".
+    check : callable
+        ``check(broken=False) -> Verdict``.
+    refuted : bool
+        Whether the data contradict the claim; the check then verifies that they do.
+    """
+
+    id: str
+    chapter: str
+    statement: str
+    kind: str
+    check: Callable[..., Verdict]
+    refuted: bool = False

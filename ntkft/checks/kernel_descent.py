@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import sympy as sp
 
-from ntkft.checks import Verdict
+from ntkft.checks import Claim, Verdict
 from ntkft.descent import descend
 from ntkft.experiments.result import RESULTS, Result
 
@@ -99,3 +99,50 @@ def minilm_follows_then_leaves(broken: bool = False) -> Verdict:
         bool(holds),
         f"first step at most {first.max():.3f}, last step at least {last.min():.2f}, network ahead",
     )
+
+
+CHAPTER = "kernel_descent"
+CLAIMS = (
+    Claim(
+        "thm-filter",
+        CHAPTER,
+        "Gradient descent on the linearised model is the spectral filter 1-(1-ελ)^t, on and off the sample.",
+        "numeric",
+        filter_is_gradient_descent,
+    ),
+    Claim(
+        "lem-flow",
+        CHAPTER,
+        "Descent and flow differ by at most ελ/2 along an eigenvector with eigenvalue λ.",
+        "numeric",
+        flow_is_close_to_descent,
+    ),
+    Claim(
+        "lem-two-bounds",
+        CHAPTER,
+        "λ(1-ελ)^{2t} ≤ 1/(2eη) and 1-(1-ελ)^t ≤ min(1, ηλ).",
+        "numeric",
+        two_bounds,
+    ),
+    Claim(
+        "prop-ridge",
+        CHAPTER,
+        "Flow fits between 1 and 1.2984 times as much as ridge with ν = 1/η; descent between 1 and 2.",
+        "numeric",
+        ridge_twin,
+    ),
+    Claim(
+        "prop-norm",
+        CHAPTER,
+        "The smallest function through given values has squared norm Σ θ_j²/λ_j.",
+        "numeric",
+        norm_of_the_smallest_function,
+    ),
+    Claim(
+        "obs-first-steps",
+        CHAPTER,
+        "MiniLM's first full-batch steps follow the filter to a few per cent; after twenty steps it has run ahead.",
+        "stored",
+        minilm_follows_then_leaves,
+    ),
+)

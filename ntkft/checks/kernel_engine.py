@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ntkft.checks import Verdict
+from ntkft.checks import Claim, Verdict
 from ntkft.experiments import kernel_engine
 from ntkft.ntk.contract import contract
 from ntkft.ntk.factors import Outer
@@ -86,3 +86,36 @@ def scaling_exponent(broken: bool = False) -> Verdict:
         1 < slope < 2 and len(n) >= 4,
         f"n = {n[0]} to {n[-1]}: exponent {slope:.2f}, from one n to the next {', '.join(f'{x:.2f}' for x in local)}",
     )
+
+
+CHAPTER = "kernel_engine"
+CLAIMS = (
+    Claim(
+        "prop-contractions",
+        CHAPTER,
+        "⟨G_i, G_j⟩ = Σ_{s,t} ⟨a_is, a_jt⟩⟨g_is, g_jt⟩ for a linear layer.",
+        "numeric",
+        two_contractions,
+    ),
+    Claim(
+        "prop-shift",
+        CHAPTER,
+        "⟨g, h⟩ = ⟨g-v, h-v⟩ + c_g + c_h with c_g = ⟨g, v⟩ - ‖v‖²/2.",
+        "numeric",
+        shifted_products,
+    ),
+    Claim(
+        "obs-engine-peers",
+        CHAPTER,
+        "In the stored run every other method that finished took more time and more memory, and found the same kernel.",
+        "stored",
+        faster_than_peers,
+    ),
+    Claim(
+        "obs-engine-exponent",
+        CHAPTER,
+        "Between 256 and 2048 reviews the exponent of time in n lies between 1 and 2.",
+        "stored",
+        scaling_exponent,
+    ),
+)
