@@ -15,17 +15,25 @@ from __future__ import annotations
 from ntkft.checks import (
     Claim,
     Verdict,
+    attention_ntk,
     few_epochs,
     kernel_descent,
     kernel_engine,
+    pretrained_ntk,
+    random_ntk,
+    rates,
     stopping_rule,
 )
 from ntkft.errors import InputError
 
 LEDGER = (
+    *few_epochs.CLAIMS,
     *kernel_descent.CLAIMS,
     *stopping_rule.CLAIMS,
-    *few_epochs.CLAIMS,
+    *rates.CLAIMS,
+    *random_ntk.CLAIMS,
+    *attention_ntk.CLAIMS,
+    *pretrained_ntk.CLAIMS,
     *kernel_engine.CLAIMS,
 )
 

@@ -20,7 +20,15 @@ from ntkft.errors import InputError
 from ntkft.experiments.result import RESULTS, Result
 from ntkft.provenance import manifest, peak_memory
 
-CHAPTERS = ("few_epochs", "kernel_descent", "stopping_rule")
+CHAPTERS = (
+    "few_epochs",
+    "kernel_descent",
+    "stopping_rule",
+    "rates",
+    "random_ntk",
+    "attention_ntk",
+    "pretrained_ntk",
+)
 TIERS = ("quick", "full")
 
 __all__ = ["CHAPTERS", "RESULTS", "TIERS", "Result", "run"]

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 FORMAT = "ntkft-kernel-1"
 
 
+def centred(matrix: np.ndarray) -> np.ndarray:
+    """Return H M H with H = I - 11'/n, the kernel of the model minus its mean over the texts."""
+    return matrix - matrix.mean(0) - matrix.mean(1)[:, None] + matrix.mean()
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """The matrix of k(x_i, x'_j), with the scores f0(x_i) of the same read-out at the same weights.
@@ -164,9 +169,7 @@ class Kernel:
             raise InputError(
                 f"A {self.matrix.shape} kernel is rectangular and has no eigenvalues: use a square one."
             )
-        matrix = self.matrix
-        if centre:
-            matrix = matrix - matrix.mean(0) - matrix.mean(1)[:, None] + matrix.mean()
+        matrix = centred(self.matrix) if centre else self.matrix
         return Spectrum(np.linalg.eigvalsh((matrix + matrix.T) / (2 * self.n)))
 
     def matches(self, texts: Sequence[str]) -> bool:

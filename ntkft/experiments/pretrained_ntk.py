@@ -1,0 +1,101 @@
+"""Pretrained beginnings, measured: every bound on a model of many heads, mixed starts, LoRA, and the drift of real networks.
+
+The parts are in modules of their own: `many_heads`, `sketch` (LoRA) and `drift`; this one puts them together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import ntkft
+from ntkft.descent import descend
+from ntkft.experiments import drift, sketch
+from ntkft.experiments.many_heads import (
+    BOUNDS,
+    HEADS,
+    SHAPE,
+    SIGMA,
+    STARTS,
+    N,
+    large_steps,
+    long_training,
+    many_heads,
+    mixed_heads,
+    pretrained_pool,
+)
+from ntkft.experiments.result import resumable
+from ntkft.ntk.kernel import centred
+
+
+def mixed_minilm(n: int = 64, seeds: int = 10) -> dict[str, np.ndarray]:
+    """Return what depends on the random head of MiniLM: kernel, f0, time to stop, norm of the target with and without f0."""
+    task = ntkft.load_task("tweets", n=n, seed=0)
+    sigma = float(np.sqrt(task.noise_variance or np.nan))
+    loaded = ntkft.load_model("minilm")
+    matrices, scores, stops, norms, norms_without = [], [], [], [], []
+    for head in range(seeds):
+        kernel = ntkft.empirical_ntk(ntkft.pooled_readout(loaded, seed=head), task.texts, memory="1GB", progress=False)
+        path = descend(kernel, task.y, intercept=True)
+        matrices.append(centred(kernel.matrix) / n)
+        scores.append(kernel.scores - kernel.scores.mean())
+        stops.append(ntkft.stopping.rademacher_rule(path.spectrum, sigma).eta)
+        norms.append(path.hilbert_norm(task.reference - kernel.scores))
+        norms_without.append(path.hilbert_norm(task.reference))
+    spread = np.array(matrices)
+    relative = np.sqrt(((spread - spread.mean(0)) ** 2).sum((1, 2)).sum() / (seeds - 1)) / np.linalg.norm(spread.mean(0))
+    arrays = {"spread": relative, "score": np.std(scores), "stop": stops, "norm": norms, "norm_without": norms_without}
+    return {f"minilm_{key}": np.array(value) for key, value in arrays.items()}
+
+
+def slope_interval(
+    abscissa: np.ndarray, values: np.ndarray, seed: int = 0, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Return the log-log slope of the root mean square over columns, and its 95 % bootstrap interval over columns.
+
+    Parameters
+    ----------
+    abscissa : (k,)
+    values : (k, m)
+        Positive; m independent repetitions.
+    """
+    x = np.log(abscissa) - np.log(abscissa).mean()
+
+    def slope(some: np.ndarray) -> float:
+        return float(x @ (0.5 * np.log((some**2).mean(1)))) / float(x @ x)
+
+    rng = np.random.default_rng(seed)
+    m = values.shape[1]
+    resampled = [slope(np.stack([row[rng.integers(0, m, m)] for row in values])) for _ in range(draws)]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return slope(values), float(low), float(high)
+
+
+def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Run every part; see the module's docstring."""
+    keep = tier == "full"
+    pool = pretrained_pool(seed=seed)
+    arrays = many_heads(tier, seed, pool) | mixed_heads(pool, 400 if keep else 100, seed)
+    arrays |= sketch.run_sketch(tier, seed)
+    values: dict[str, Any] = {"n": N, "sigma": SIGMA, "heads": list(HEADS[tier]), "parameters": SHAPE.parameters}
+    for kind in STARTS:
+        for key in BOUNDS:
+            ratio = arrays[f"heads_{kind}_{key}"] / arrays[f"heads_{kind}_{key}_bound"]
+            values[f"{kind}_{key}_ratio"] = None if np.isnan(ratio).all() else float(np.nanmax(ratio))
+    values["mixed_slope"] = slope_interval(arrays["mixed_heads"], arrays["mixed_rms"], seed)
+    values["lora_slope"] = slope_interval(arrays["lora_ranks"], arrays["lora_error"], seed)
+    if keep:
+        arrays |= resumable(__name__, f"long_{seed}", lambda: long_training(seed=seed))
+        arrays |= resumable(__name__, f"steps_{seed}", lambda: large_steps(seed=seed))
+        arrays |= resumable(__name__, "minilm", mixed_minilm)
+        runs = drift.full_runs()
+        for kind in STARTS:
+            for key in ("gradient", "kernel", "gap"):
+                values[f"{kind}_{key}_slope"] = slope_interval(np.array(HEADS[tier]), arrays[f"heads_{kind}_{key}"], seed)
+    else:
+        runs = {"quick": {key: value[None] for key, value in drift.quick_run().items()}}
+    for name, run_arrays in runs.items():
+        arrays |= {f"drift_{name}_{key}": value for key, value in run_arrays.items()}
+    arrays.pop("seconds", None)
+    return values, arrays
