@@ -37,16 +37,20 @@ _WHERE = {
     "Descent": "descent",
 }
 _MODULES = (
+    "analytic",
     "assets",
+    "attention",
     "claims",
     "descent",
     "experiments",
     "finetune",
+    "heads",
     "models",
     "ntk",
     "outputs",
     "readout",
     "spectrum",
+    "stability",
     "stopping",
     "tasks",
 )

@@ -27,7 +27,7 @@ from ntkft.errors import InputError
 from ntkft.spectrum import Spectrum, require_positive
 
 
-def head_curvature(hessian: float, heads: int) -> float:
+def head_curvature(hessian: float, heads: float) -> float:
     """Return β = L2/√H, the bound on the Hessian of a sum of H heads (`lem-curvature`)."""
     return hessian / float(np.sqrt(require_positive("heads", heads)))
 

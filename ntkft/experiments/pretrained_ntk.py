@@ -50,9 +50,11 @@ def mixed_minilm(n: int = 64, seeds: int = 10) -> dict[str, np.ndarray]:
 
 
 def slope_interval(
-    abscissa: np.ndarray, values: np.ndarray, seed: int = 0, draws: int = 2000
+    abscissa: np.ndarray, values: np.ndarray, seed: int = 0, draws: int = 2000, *, paired: bool = False
 ) -> tuple[float, float, float]:
     """Return the log-log slope of the root mean square over columns, and its 95 % bootstrap interval over columns.
+
+    Columns are resampled for each row anew, or for all rows together if they are `paired`, as runs from the same start are.
 
     Parameters
     ----------
@@ -67,7 +69,13 @@ def slope_interval(
 
     rng = np.random.default_rng(seed)
     m = values.shape[1]
-    resampled = [slope(np.stack([row[rng.integers(0, m, m)] for row in values])) for _ in range(draws)]
+
+    def resample() -> np.ndarray:
+        if paired:
+            return values[:, rng.integers(0, m, m)]
+        return np.stack([row[rng.integers(0, m, m)] for row in values])
+
+    resampled = [slope(resample()) for _ in range(draws)]
     low, high = np.quantile(resampled, [0.025, 0.975])
     return slope(values), float(low), float(high)
 
@@ -92,7 +100,8 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
         runs = drift.full_runs()
         for kind in STARTS:
             for key in ("gradient", "kernel", "gap"):
-                values[f"{kind}_{key}_slope"] = slope_interval(np.array(HEADS[tier]), arrays[f"heads_{kind}_{key}"], seed)
+                column = arrays[f"heads_{kind}_{key}"]
+                values[f"{kind}_{key}_slope"] = slope_interval(np.array(HEADS[tier]), column, seed, paired=True)
     else:
         runs = {"quick": {key: value[None] for key, value in drift.quick_run().items()}}
     for name, run_arrays in runs.items():
