@@ -101,7 +101,7 @@ def test_bad_input_is_one_clear_error() -> None:
     for options in ({}, {"change": 0.1, "ratio": 0.1}):
         with pytest.raises(InputError, match="one of change= and ratio="):
             stability.stopping_interval(spectrum, 0.5, **options)
-    with pytest.raises(InputError, match="ratio is 1.0"):
+    with pytest.raises(InputError, match=r"ratio is 1\.0"):
         stability.stopping_interval(spectrum, 0.5, ratio=1.0)
     with pytest.raises(InputError, match="change is -1"):
         stability.stopping_interval(spectrum, 0.5, change=-1)

@@ -413,6 +413,24 @@ def kernels_that_leave(broken: bool = False) -> Verdict:
     )
 
 
+def short_paths(broken: bool = False) -> Verdict:
+    """In every stored run the travel at the stop is below lem-travel's bound and twice the tangent's; broken: half as much."""
+    arrays = _stored().arrays
+    ratios: list[float] = []
+    names = [name.removesuffix("_distance") for name in arrays if name.startswith("drift_") and name.endswith("_distance")]
+    for name in names:
+        for i, eta in enumerate(arrays[f"{name}_eta"]):
+            stop = float(arrays[f"{name}_eta_stop"][i])
+            look = int(np.abs(eta - stop).argmin())
+            distance, losses = arrays[f"{name}_distance"][i, look], arrays[f"{name}_loss"][i]
+            allowed = stability.travel(eta[look], losses[0], losses[look], descent=True)
+            tangent = stability.tangent_travel(arrays[f"{name}_eigenvalues"][i], arrays[f"{name}_target"][i], stop)
+            ratios.append(max(distance / allowed, distance / (2 * tangent)) * (2 if broken else 1))
+    return Verdict(
+        bool(len(ratios) >= 8 and max(ratios) < 1), f"{len(ratios)} runs: at most {max(ratios):.2f} of the smaller allowance"
+    )
+
+
 def the_larger_model_drifts_less(broken: bool = False) -> Verdict:
     """On each domain SmolLM2's kernel has changed less at its stop, relative to λ_1, than MiniLM's; broken: a twentieth of it."""
     arrays = _stored().arrays
@@ -562,6 +580,13 @@ CLAIMS = (
         "In every stored run of MiniLM the kernel has changed by more than λ_1 at the predicted stop.",
         "stored",
         kernels_that_leave,
+    ),
+    Claim(
+        "obs-pn-travel",
+        CHAPTER,
+        "In every stored run the travel at the stop is below the bound of lem-travel and below twice the tangent's.",
+        "stored",
+        short_paths,
     ),
     Claim(
         "obs-pn-size",

@@ -2,7 +2,7 @@
 
 Full-batch gradient descent on human ratings, with a free intercept: the model of the theory is then f minus its mean over the
 texts, and gradients and kernels below are those of that centred model. The time to stop is computed from the kernel before
-training; the run goes on to four times that time, and looks at the network on the way.
+training; the run goes on past it, and looks at the network on the way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 
 import ntkft
 from ntkft import stopping
-from ntkft.experiments.result import resumable
 from ntkft.finetune import preserved_weights, train
 from ntkft.ntk import Kernel
 from ntkft.ntk.kernel import centred
@@ -112,36 +111,3 @@ def drift_run(
         "norm": path.hilbert_norm(task.reference),
     }
     return {k: np.array(v) for k, v in (found | extra).items()}
-
-
-# name: (model, weights, domain, texts, head seeds)
-RUNS = {
-    "minilm_amazon": ("minilm", "pretrained", "amazon", 64, (0, 1)),
-    "minilm_tweets": ("minilm", "pretrained", "tweets", 64, (0, 1)),
-    "random_amazon": ("minilm", "random", "amazon", 64, (0,)),
-    "random_tweets": ("minilm", "random", "tweets", 64, (0,)),
-    "smollm2_amazon": ("smollm2", "pretrained", "amazon", 32, (None,)),
-    "smollm2_tweets": ("smollm2", "pretrained", "tweets", 32, (None,)),
-}
-
-
-def full_runs() -> dict[str, dict[str, np.ndarray]]:
-    """Return every run of `RUNS`, head seeds stacked along the first axis; resumable, about half an hour on two cores."""
-    found = {}
-    for name, (model, kind, domain, n, heads) in RUNS.items():
-        task = ntkft.load_task(domain, n=n, seed=0)
-
-        def compute(head: int | None, model: str = model, kind: str = kind, task: Task = task) -> dict[str, np.ndarray]:
-            loaded = ntkft.load_model(model, weights=kind)  # type: ignore[arg-type]
-            readout = ntkft.prompt_readout(loaded) if head is None else ntkft.pooled_readout(loaded, seed=head)
-            return drift_run(readout, task, probes=2 if head is None else 4)
-
-        parts = [resumable(__name__, f"{name}_{head}", lambda head=head: compute(head)) for head in heads]  # type: ignore[misc]
-        found[name] = {key: np.stack([part[key] for part in parts]) for key in parts[0] if key != "seconds"}
-    return found
-
-
-def quick_run() -> dict[str, np.ndarray]:
-    """Return a small run that a page can afford: MiniLM, 24 tweets, up to the predicted stop."""
-    task = ntkft.load_task("tweets", n=24, seed=0)
-    return drift_run(ntkft.pooled_readout(ntkft.load_model("minilm"), seed=0), task, memory="300MB", probes=1, looks=(1.0,))

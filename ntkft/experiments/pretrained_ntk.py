@@ -29,6 +29,46 @@ from ntkft.experiments.result import resumable
 from ntkft.ntk.kernel import centred
 
 
+# name: (model, weights, domain, texts, head seeds, looks in units of the predicted stop)
+DRIFT = {
+    "minilm_amazon": ("minilm", "pretrained", "amazon", 64, (0, 1), (0.5, 1.0, 2.0, 4.0)),
+    "minilm_tweets": ("minilm", "pretrained", "tweets", 64, (0, 1), (0.5, 1.0, 2.0, 4.0)),
+    "random_amazon": ("minilm", "random", "amazon", 64, (0,), (0.5, 1.0, 2.0, 4.0)),
+    "random_tweets": ("minilm", "random", "tweets", 64, (0,), (0.5, 1.0, 2.0, 4.0)),
+    "smollm2_amazon": ("smollm2", "pretrained", "amazon", 32, (None,), (0.5, 1.0, 2.0)),
+    "smollm2_tweets": ("smollm2", "pretrained", "tweets", 32, (None,), (0.5, 1.0, 2.0)),
+}
+
+
+def drift_part(name: str, head: int | None) -> dict[str, np.ndarray]:
+    """Return one run of `DRIFT`; kept, so that the full tier goes on where it stopped."""
+    model, kind, domain, n, _, looks = DRIFT[name]
+
+    def compute() -> dict[str, np.ndarray]:
+        loaded = ntkft.load_model(model, weights=kind)  # type: ignore[arg-type]
+        readout = ntkft.prompt_readout(loaded) if head is None else ntkft.pooled_readout(loaded, seed=head)
+        task = ntkft.load_task(domain, n=n, seed=0)
+        return drift.drift_run(readout, task, probes=2 if head is None else 4, looks=looks)
+
+    return resumable(drift.__name__, f"{name}_{head}", compute)
+
+
+def drift_full() -> dict[str, np.ndarray]:
+    """Return ``drift_{run}_{quantity}`` of every run, head seeds along the first axis."""
+    found = {}
+    for name, (*_, heads, _) in DRIFT.items():
+        parts = [drift_part(name, head) for head in heads]
+        found |= {f"drift_{name}_{key}": np.stack([part[key] for part in parts]) for key in parts[0] if key != "seconds"}
+    return found
+
+
+def drift_quick() -> dict[str, np.ndarray]:
+    """Return a run that a page can afford: MiniLM, 24 tweets, to the predicted stop."""
+    readout, task = ntkft.pooled_readout(ntkft.load_model("minilm"), seed=0), ntkft.load_task("tweets", n=24, seed=0)
+    found = drift.drift_run(readout, task, memory="300MB", probes=1, looks=(1.0,))
+    return {f"drift_quick_{key}": value[None] for key, value in found.items()}
+
+
 def mixed_minilm(n: int = 64, seeds: int = 10) -> dict[str, np.ndarray]:
     """Return what depends on the random head of MiniLM: kernel, f0, time to stop, norm of the target with and without f0."""
     task = ntkft.load_task("tweets", n=n, seed=0)
@@ -97,14 +137,12 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
         arrays |= resumable(__name__, f"long_{seed}", lambda: long_training(seed=seed))
         arrays |= resumable(__name__, f"steps_{seed}", lambda: large_steps(seed=seed))
         arrays |= resumable(__name__, "minilm", mixed_minilm)
-        runs = drift.full_runs()
+        arrays |= drift_full()
         for kind in STARTS:
             for key in ("gradient", "kernel", "gap"):
                 column = arrays[f"heads_{kind}_{key}"]
                 values[f"{kind}_{key}_slope"] = slope_interval(np.array(HEADS[tier]), column, seed, paired=True)
     else:
-        runs = {"quick": {key: value[None] for key, value in drift.quick_run().items()}}
-    for name, run_arrays in runs.items():
-        arrays |= {f"drift_{name}_{key}": value for key, value in run_arrays.items()}
+        arrays |= drift_quick()
     arrays.pop("seconds", None)
     return values, arrays
