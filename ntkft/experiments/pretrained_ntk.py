@@ -28,15 +28,12 @@ from ntkft.experiments.many_heads import (
 from ntkft.experiments.result import resumable
 from ntkft.ntk.kernel import centred
 
-
 # name: (model, weights, domain, texts, head seeds, looks in units of the predicted stop)
 DRIFT = {
     "minilm_amazon": ("minilm", "pretrained", "amazon", 64, (0, 1), (0.5, 1.0, 2.0, 4.0)),
     "minilm_tweets": ("minilm", "pretrained", "tweets", 64, (0, 1), (0.5, 1.0, 2.0, 4.0)),
-    "random_amazon": ("minilm", "random", "amazon", 64, (0,), (0.5, 1.0, 2.0, 4.0)),
     "random_tweets": ("minilm", "random", "tweets", 64, (0,), (0.5, 1.0, 2.0, 4.0)),
-    "smollm2_amazon": ("smollm2", "pretrained", "amazon", 32, (None,), (0.5, 1.0, 2.0)),
-    "smollm2_tweets": ("smollm2", "pretrained", "tweets", 32, (None,), (0.5, 1.0, 2.0)),
+    "smollm2_tweets": ("smollm2", "pretrained", "tweets", 32, (None,), (0.5, 1.0)),
 }
 
 
@@ -55,9 +52,9 @@ def drift_part(name: str, head: int | None) -> dict[str, np.ndarray]:
 
 def drift_full() -> dict[str, np.ndarray]:
     """Return ``drift_{run}_{quantity}`` of every run, head seeds along the first axis."""
-    found = {}
-    for name, (*_, heads, _) in DRIFT.items():
-        parts = [drift_part(name, head) for head in heads]
+    found: dict[str, np.ndarray] = {}
+    for name, run in DRIFT.items():
+        parts = [drift_part(name, head) for head in run[4]]
         found |= {f"drift_{name}_{key}": np.stack([part[key] for part in parts]) for key in parts[0] if key != "seconds"}
     return found
 
