@@ -353,6 +353,8 @@ def test_ctrl_c_in_a_real_process(tmp_path):
         "text,label\n" + "".join(f"Film number {k} was long.,{k}\n" for k in range(400))
     )
     program = (
+        # A background shell may have switched the signal off for all its children.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from ntkft.ntk import engine; from ntkft import cli; real = engine.capture\n"
         "def capture(*arguments): print('ready', flush=True); return real(*arguments)\n"
         "engine.capture = capture; cli.main()"
