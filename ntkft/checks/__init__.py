@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ntkft.experiments.result import RESULTS, Result
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -45,3 +47,8 @@ class Claim:
     kind: str
     check: Callable[..., Verdict]
     refuted: bool = False
+
+
+def full_result(chapter: str) -> Result:
+    """Return the stored full-tier result of a chapter."""
+    return Result.load(RESULTS / chapter, "full")

@@ -19,14 +19,9 @@ from ntkft.attention import (
     rotate,
     scores_only,
 )
-from ntkft.checks import Claim, Verdict
-from ntkft.experiments.result import RESULTS, Result
+from ntkft.checks import Claim, Verdict, full_result
 
 D, D_K, TOKENS = 8, 4, 6
-
-
-def _stored() -> Result:
-    return Result.load(RESULTS / "attention_ntk", "full")
 
 
 def _heads(count: int, seed: int = 0) -> tuple[Heads, np.ndarray, np.ndarray]:
@@ -352,7 +347,7 @@ def rate(broken: bool = False) -> Verdict:
 
 def stored_agreement(broken: bool = False) -> Verdict:
     """Stored gaps between formulas and engine, all layers and blocks of both models."""
-    values = _stored().values
+    values = full_result("attention_ntk").values
     gaps = {model: values[f"gap_{model}"] for model in ("minilm", "smollm2")}
     limit = 1e-15 if broken else 1e-10
     told = ", ".join(f"{model} {gap:.0e}" for model, gap in gaps.items())
@@ -361,7 +356,7 @@ def stored_agreement(broken: bool = False) -> Verdict:
 
 def stored_temperature(broken: bool = False) -> Verdict:
     """Stored toy heads: the median head's share of q and k falls below a thousandth, the mean kernel's does not."""
-    arrays = _stored().arrays
+    arrays = full_result("attention_ntk").arrays
     cold = int(np.flatnonzero(arrays["taus"] == 64)[0])
     median = arrays["temperature_median" if not broken else "temperature_share"][cold]
     low = arrays["temperature_share_interval"][cold, 0]
@@ -372,7 +367,7 @@ def stored_temperature(broken: bool = False) -> Verdict:
 
 def stored_slope(broken: bool = False) -> Verdict:
     """Stored sweep: the interval of the slope holds -1/2 and is short."""
-    values, wanted = _stored().values, -1.0 if broken else -0.5
+    values, wanted = full_result("attention_ntk").values, -1.0 if broken else -0.5
     low, high = values["slope_low"], values["slope_high"]
     return Verdict(
         bool(low <= wanted <= high and high - low < 0.05),
@@ -382,7 +377,7 @@ def stored_slope(broken: bool = False) -> Verdict:
 
 def stored_shares(broken: bool = False) -> Verdict:
     """Stored shares of queries and keys: trace, centred trace and aligned part, differences beyond both half-widths."""
-    result, holds, told = _stored(), True, []
+    result, holds, told = full_result("attention_ntk"), True, []
     kinds = result.values["kinds"]
     qk, vo = ([kinds.index(f"attention.{b}") for b in pair] for pair in ("qk", "vo"))
     cases = [

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ntkft.checks import Claim, Verdict
+from ntkft.checks import Claim, Verdict, full_result
 from ntkft.experiments.few_epochs import DOMAINS
-from ntkft.experiments.result import RESULTS, Result
-
-
-def _stored() -> Result:
-    return Result.load(RESULTS / "few_epochs", "full")
 
 
 def a_few_epochs_are_best(broken: bool = False) -> Verdict:
     """Every stored MiniLM run: the best of twelve epochs is among 2..8."""
-    arrays, last = _stored().arrays, 4 if broken else 8
+    arrays, last = full_result("few_epochs").arrays, 4 if broken else 8
     best = np.concatenate([arrays[f"minilm_{d}_error"].argmin(1) for d in DOMAINS])
     return Verdict(
         bool((best >= 2).all() and (best <= last).all()),
@@ -25,7 +20,7 @@ def a_few_epochs_are_best(broken: bool = False) -> Verdict:
 
 def training_on_leaves_the_truth(broken: bool = False) -> Verdict:
     """MiniLM on tweets and editorials: at the end the error is more than 30 % above its minimum, for every seed."""
-    arrays = _stored().arrays
+    arrays = full_result("few_epochs").arrays
     error = np.concatenate([arrays[f"minilm_{d}_error"] for d in ("tweets", "nyt")])
     rise = error[:, -1] / error.min(1) - 1
     return Verdict(
@@ -36,7 +31,7 @@ def training_on_leaves_the_truth(broken: bool = False) -> Verdict:
 
 def prediction_is_early_and_of_the_right_size(broken: bool = False) -> Verdict:
     """Every stored MiniLM run: best epoch / predicted epoch lies between 1 and 3."""
-    arrays = _stored().arrays
+    arrays = full_result("few_epochs").arrays
     best = np.concatenate([arrays[f"minilm_{d}_error"].argmin(1) for d in DOMAINS])
     ratio = best / np.concatenate([arrays[f"minilm_{d}_predicted"] for d in DOMAINS])
     low, high = (1.0, 1.5) if broken else (1.0, 3.0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import sympy as sp
 
-from ntkft.checks import Claim, Verdict
+from ntkft.checks import Claim, Verdict, full_result
 from ntkft.descent import descend
-from ntkft.experiments.result import RESULTS, Result
 
 
 def filter_is_gradient_descent(broken: bool = False) -> Verdict:
@@ -91,7 +90,7 @@ def norm_of_the_smallest_function(broken: bool = False) -> Verdict:
 
 def minilm_follows_then_leaves(broken: bool = False) -> Verdict:
     """Stored run: the gap is below 10 % of the way after one step and above 20 % at the end, for every head seed."""
-    arrays = Result.load(RESULTS / "kernel_descent", "full").arrays
+    arrays = full_result("kernel_descent").arrays
     first, last = arrays["gap"][:, 0], arrays["gap"][:, -1]  # (heads,)
     ahead = (arrays["residual"][:, 0, -1] < arrays["residual"][:, 1, -1]).all()  # real below closed form
     holds = (first < (0.001 if broken else 0.1)).all() and (last > 0.2).all() and ahead

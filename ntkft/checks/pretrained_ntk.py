@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from ntkft import heads, stability
-from ntkft.checks import Claim, Verdict
+from ntkft.checks import Claim, Verdict, full_result
 from ntkft.descent import Descent, descend
-from ntkft.experiments.result import RESULTS, Result
 from ntkft.heads import Shape
 from ntkft.spectrum import Spectrum
 from ntkft.stopping import rademacher_rule
@@ -360,13 +359,9 @@ def perturbed_stop(broken: bool = False) -> Verdict:
 # --- Stored results --------------------------------------------------------------------------------------------------------
 
 
-def _stored() -> Result:
-    return Result.load(RESULTS / "pretrained_ntk", "full")
-
-
 def kernel_slopes(broken: bool = False) -> Verdict:
     """The interval of the adversarial exponent contains -0.5, that of Gaussian heads lies below -0.65."""
-    values = _stored().values
+    values = full_result("pretrained_ntk").values
     slow, fast = values["adversarial_kernel_slope"], values["gaussian_kernel_slope"]
     if broken:
         slow, fast = fast, slow
@@ -378,7 +373,7 @@ def kernel_slopes(broken: bool = False) -> Verdict:
 
 def mixed_rate(broken: bool = False) -> Verdict:
     """The exponent's interval contains -1/2, and the measured deviation is within a tenth of the exact one for every H."""
-    result = _stored()
+    result = full_result("pretrained_ntk")
     slope, low, high = result.values["mixed_slope"]
     wanted = -1.0 if broken else -0.5
     rms = np.sqrt((result.arrays["mixed_rms"] ** 2).mean(1))
@@ -391,7 +386,7 @@ def mixed_rate(broken: bool = False) -> Verdict:
 
 def lora_in_a_real_model(broken: bool = False) -> Verdict:
     """Exponent near -1/2, spread of entries as computed to a fifth, stop within 10 % for ranks of at least 4; broken: 1 %."""
-    result = _stored()
+    result = full_result("pretrained_ntk")
     slope, low, high = result.values["lora_slope"]
     arrays = result.arrays
     spread = float(np.sqrt(((arrays["lora_measured"] / arrays["lora_predicted"]) ** 2).mean()))
@@ -404,7 +399,7 @@ def lora_in_a_real_model(broken: bool = False) -> Verdict:
 
 def kernels_that_leave(broken: bool = False) -> Verdict:
     """In every stored run of MiniLM the kernel's change at the predicted stop exceeds λ_1; broken: ten times λ_1."""
-    arrays = _stored().arrays
+    arrays = full_result("pretrained_ntk").arrays
     changes = [change for domain in ("amazon", "tweets") for change in _at_stop(arrays, f"minilm_{domain}")]
     limit = 10.0 if broken else 1.0
     return Verdict(
@@ -415,13 +410,13 @@ def kernels_that_leave(broken: bool = False) -> Verdict:
 
 def short_paths(broken: bool = False) -> Verdict:
     """In every stored run the travel at the stop is below lem-travel's bound and twice the tangent's; broken: half as much."""
-    arrays = _stored().arrays
+    arrays = full_result("pretrained_ntk").arrays
     ratios: list[float] = []
     names = [name.removesuffix("_distance") for name in arrays if name.startswith("drift_") and name.endswith("_distance")]
     for name in names:
         for i, eta in enumerate(arrays[f"{name}_eta"]):
             stop = float(arrays[f"{name}_eta_stop"][i])
-            look = int(np.abs(eta - stop).argmin())
+            look = _look_at_stop(eta, stop)
             distance, losses = arrays[f"{name}_distance"][i, look], arrays[f"{name}_loss"][i]
             allowed = stability.travel(eta[look], losses[0], losses[look], descent=True)
             tangent = stability.tangent_travel(arrays[f"{name}_eigenvalues"][i], arrays[f"{name}_target"][i], stop)
@@ -433,18 +428,22 @@ def short_paths(broken: bool = False) -> Verdict:
 
 def the_larger_model_drifts_less(broken: bool = False) -> Verdict:
     """On tweets SmolLM2's kernel has changed less at its stop, relative to λ_1, than MiniLM's; broken: a fiftieth of it."""
-    arrays = _stored().arrays
+    arrays = full_result("pretrained_ntk").arrays
     small, large = _at_stop(arrays, "minilm_tweets"), _at_stop(arrays, "smollm2_tweets")
     return Verdict(
         bool(max(large) < min(small) / (50 if broken else 1)), f"SmolLM2 {max(large):.2f}, MiniLM at least {min(small):.2f}"
     )
 
 
+def _look_at_stop(eta: np.ndarray, stop: float) -> int:
+    return int(np.abs(eta - stop).argmin())
+
+
 def _at_stop(arrays: dict[str, np.ndarray], run: str) -> list[float]:
     """Return ‖K_t - K‖_op/λ_1 at the look nearest to the predicted stop, for each head."""
     found = []
     for i, eta in enumerate(arrays[f"drift_{run}_eta"]):
-        look = int(np.abs(eta - arrays[f"drift_{run}_eta_stop"][i]).argmin())
+        look = _look_at_stop(eta, float(arrays[f"drift_{run}_eta_stop"][i]))
         found.append(float(arrays[f"drift_{run}_kernel_op"][i, look] / arrays[f"drift_{run}_eigenvalues"][i, 0]))
     return found
 

@@ -9,9 +9,8 @@ import torch
 from scipy import integrate, special, stats
 
 from ntkft.analytic import finite_mlp_readout, gaussian_moments, mlp_kernels
-from ntkft.checks import Claim, Verdict
+from ntkft.checks import Claim, Verdict, full_result
 from ntkft.experiments.random_ntk import circle_coefficients, relu_unit_variance
-from ntkft.experiments.result import RESULTS, Result
 from ntkft.ntk.engine import empirical_ntk
 
 
@@ -135,17 +134,13 @@ def circle(broken: bool = False) -> Verdict:
     )
 
 
-def _stored() -> dict:
-    return Result.load(RESULTS / "random_ntk", "full").values
-
-
 def _contains(entry: dict, power: float) -> bool:
     return bool(entry["low"] <= power <= entry["high"])
 
 
 def width(broken: bool = False) -> Verdict:
     """Stored sweep: each joint 95 % interval contains -1/2, and the constant of depth 1 its exact value."""
-    values, power = _stored(), (-1.0 if broken else -0.5)
+    values, power = full_result("random_ntk").values, (-1.0 if broken else -0.5)
     slopes = [values[f"slope_{depth}"] for depth in (1, 2, 3)]
     holds = all(_contains(s, power) for s in slopes) and _contains(values["constant_ratio"], 1.0)
     told = ", ".join(f"{s['value']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in slopes)
@@ -154,7 +149,7 @@ def width(broken: bool = False) -> Verdict:
 
 def movement(broken: bool = False) -> Verdict:
     """Stored: -1/2 for weights, -1 for erf's kernel; ReLU's lies between -3/4 and -1/2, in pairs the mean outlives the spread."""
-    values = _stored()
+    values = full_result("random_ntk").values
     weights, erf, relu = (values[k] for k in ("weights_slope_relu", "kernel_slope_erf", "kernel_slope_relu"))
     holds = _contains(weights, -0.5) and _contains(values["weights_slope_erf"], -0.5)
     holds &= _contains(erf, -0.5 if broken else -1.0) and relu["low"] > -0.75 and relu["high"] < -0.5
@@ -169,7 +164,7 @@ def movement(broken: bool = False) -> Verdict:
 
 def not_iid(broken: bool = False) -> Verdict:
     """Stored averages: -1/2 for independent units, slower for heavy tails, none for units with a shared part."""
-    values = _stored()
+    values = full_result("random_ntk").values
     names = ("independent", "heavy_tails", "shared_part")
     free, heavy, shared = (values[f"{name}_slope"] for name in names)
     holds = _contains(free, -0.5) and heavy["low"] > -0.45 and heavy["high"] < -0.3

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.special import lambertw
 
-from ntkft.checks import Claim, Verdict
+from ntkft.checks import Claim, Verdict, full_result
 from ntkft.descent import descend
 from ntkft.experiments.rates import CIRCLE_DECAYS, DECAYS, REPEATED, SIGMAS
-from ntkft.experiments.result import RESULTS, Result
 from ntkft.spectrum import Spectrum
 
 E = np.e
@@ -222,7 +221,7 @@ def _refit(axis: np.ndarray, errors: np.ndarray) -> float:
 
 def slopes_on_exact_spectra(broken: bool = False) -> Verdict:
     """Stored draws: slopes refitted; in 9 of 12 intervals lies the exponent, in 10 the exact slope, all within 0.045."""
-    result = Result.load(RESULTS / "rates", "full")
+    result = full_result("rates")
     axis = np.log(result.arrays["sizes"])
     asymptotic, exact, worst, finite = 0, 0, 0.0, 0.0
     for nu in DECAYS:
@@ -254,7 +253,7 @@ def slopes_on_exact_spectra(broken: bool = False) -> Verdict:
 
 def slopes_on_the_circle(broken: bool = False) -> Verdict:
     """Stored designs: the exponent lies in the interval on the sample for both ν, off it for ν = 2 and not for ν = 1."""
-    result = Result.load(RESULTS / "rates", "full")
+    result = full_result("rates")
     axis, inside, told = np.log(result.arrays["circle_sizes"]), {}, []
     for nu in CIRCLE_DECAYS:
         predicted = -(2 * nu - 1) / (2 * nu + 1) if broken else -2 * nu / (2 * nu + 1)

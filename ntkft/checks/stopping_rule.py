@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ntkft import stopping
-from ntkft.checks import Claim, Verdict
+from ntkft.checks import Claim, Verdict, full_result
 from ntkft.descent import Descent, descend
-from ntkft.experiments.result import RESULTS, Result
 from ntkft.experiments.stopping_rule import DOMAINS
 from ntkft.spectrum import Spectrum
 
@@ -168,7 +167,7 @@ def sure_is_unbiased(broken: bool = False) -> Verdict:
 
 def rule_on_smollm2(broken: bool = False) -> Verdict:
     """Stored draws: the median excess of the Rademacher rule (R = 1) is at most 3 % and below hold-out's, in both domains."""
-    values = Result.load(RESULTS / "stopping_rule", "full").values
+    values = full_result("stopping_rule").values
     limit = 0.003 if broken else 0.03
     medians = {
         d: tuple(values[f"{d}_test_{rule}"]["median"] for rule in ("rademacher", "holdout", "holdout_refit"))
@@ -183,7 +182,7 @@ def rule_on_smollm2(broken: bool = False) -> Verdict:
 
 def norm_is_tolerant(broken: bool = False) -> Verdict:
     """Stored draws: R in [0.63, 1.26] costs at most 3 %; R = 0.1 more than 15 %, and on tweets R = 10 too."""
-    result = Result.load(RESULTS / "stopping_rule", "full")
+    result = full_result("stopping_rule")
     norms, holds, worst, least = result.arrays["norms"], True, 0.0, np.inf
     for domain in DOMAINS:
         excess = (
