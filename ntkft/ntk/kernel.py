@@ -177,18 +177,32 @@ class Kernel:
         outputs = len(self.texts) // len(texts) if texts else 0
         return self.texts == tuple(sha for sha in map(sha256_text, texts) for _ in range(outputs))
 
-    def save(self, path: str | Path) -> Path:
-        """Write the kernel to a ``.npz`` file, atomically and without pickle. Returns the path."""
+    def save(self, path: str | Path, *, compact: bool = False) -> Path:
+        """Write the kernel to a ``.npz`` file, atomically and without pickle. Returns the path.
+
+        Parameters
+        ----------
+        path : str or Path
+            Ends in ``.npz``.
+        compact : bool
+            Keep one triangle, in float32: a quarter of the size, each entry to a relative 6e-8. Square kernels only.
+        """
         path = Path(path)
         if path.suffix != ".npz":
             raise InputError(
                 f"A kernel is stored as .npz and the path is {path.name!r}: name it {path.stem}.npz."
             )
         header = {"format": FORMAT, "info": self.info, "texts": self.texts, "other_texts": self.other_texts}
-        arrays = {"matrix": self.matrix, "scores": self.scores, "header": np.array(json.dumps(header))}
+        if compact and not self.square:
+            raise InputError(f"compact=True keeps one triangle and this kernel is {self.matrix.shape}: save it whole.")
+
+        def stored(matrix: np.ndarray) -> np.ndarray:
+            return matrix[np.triu_indices(self.n)].astype(np.float32) if compact else matrix
+
+        arrays = {"matrix": stored(self.matrix), "scores": self.scores, "header": np.array(json.dumps(header))}
         if self.other_scores is not None:
             arrays["other_scores"] = np.asarray(self.other_scores, dtype=np.float64)
-        arrays |= {f"part:{label}": part for label, part in self.parts.items()}
+        arrays |= {f"part:{label}": stored(part) for label, part in self.parts.items()}
         with atomic_path(path) as temporary:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         return path
@@ -219,14 +233,15 @@ class Kernel:
                         f"{path} has format {header.get('format')!r}, this ntkft reads {FORMAT!r}: {remedy}."
                     )
                 other = data["other_scores"] if "other_scores" in data.files else None
+                n = len(data["scores"])
                 return cls(
-                    data["matrix"],
+                    _whole(data["matrix"], n),
                     data["scores"],
                     other,
                     header["info"],
                     tuple(header["texts"]),
                     tuple(header["other_texts"]),
-                    {k.removeprefix("part:"): data[k] for k in data.files if k.startswith("part:")},
+                    {k.removeprefix("part:"): _whole(data[k], n) for k in data.files if k.startswith("part:")},
                 )
         except (ValueError, OSError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
             if isinstance(error, InputError):
@@ -234,3 +249,12 @@ class Kernel:
             raise InputError(
                 f"{path} is no ntkft kernel ({type(error).__name__} while reading): {remedy}."
             ) from None
+
+
+def _whole(matrix: np.ndarray, n: int) -> np.ndarray:
+    """Return a matrix as `Kernel.save` was given it: one triangle (n(n+1)/2,) becomes the symmetric (n, n)."""
+    if matrix.ndim != 1:
+        return matrix
+    full = np.zeros((n, n))
+    full[np.triu_indices(n)] = matrix  # raises ValueError if the length does not fit
+    return full + np.triu(full, 1).T
