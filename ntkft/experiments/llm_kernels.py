@@ -34,6 +34,14 @@ TOPICS = {
 TOPIC_TOKENS = 64
 
 
+MODELS = {  # first word of a name: (model, weights)
+    "minilm": ("minilm", "pretrained"),
+    "random": ("minilm", "random"),
+    "smollm2": ("smollm2", "pretrained"),
+    "smollm2random": ("smollm2", "random"),
+}
+
+
 @dataclass(frozen=True)
 class Wanted:
     """One kernel: which model and weights, which task, how many texts, which head."""
@@ -47,7 +55,7 @@ class Wanted:
     @property
     def name(self) -> str:
         """Name of the file, without suffix."""
-        model = {"minilm": "random", "smollm2": "smollm2random"}[self.model] if self.weights == "random" else self.model
+        model = next(word for word, meaning in MODELS.items() if meaning == (self.model, self.weights))
         return f"{model}-{self.task}" + (f"-{self.head}" if self.model == "minilm" else "")
 
     def texts(self) -> Task:
@@ -67,18 +75,6 @@ class Wanted:
         return ntkft.prompt_readout(loaded, template, positive, negative, **tokens)
 
 
-ALL = (*DOMAINS, *TOPICS)
-KERNELS = [
-    *(Wanted("minilm", "pretrained", task, 1024) for task in ALL),
-    *(Wanted("minilm", "random", task, 512) for task in ALL),
-    *(Wanted("smollm2", "pretrained", task, 512) for task in DOMAINS),
-    *(Wanted("minilm", "pretrained", task, 512, head) for head in (1, 2) for task in DOMAINS),
-    *(Wanted("smollm2", "random", task, 256) for task in ("amazon", "tweets")),
-    *(Wanted("smollm2", "pretrained", task, 256) for task in TOPICS),
-]
-BY_NAME = {wanted.name: wanted for wanted in KERNELS}
-
-
 def path(name: str) -> Path:
     """Return where a kernel is stored."""
     return FOLDER / f"{name}.npz"
@@ -92,9 +88,10 @@ def stored(name: str) -> tuple[Kernel, Task]:
     InputError
         If there is no such kernel, or it is for other texts.
     """
-    if name not in BY_NAME:
-        raise ntkft.errors.InputError(f"There is no kernel {name!r}: choose one of {', '.join(BY_NAME)}.")
-    kernel, task = Kernel.load(path(name)), BY_NAME[name].texts()
+    kernel = Kernel.load(path(name))
+    word, task_name, *head = name.split("-")
+    model, weights = MODELS[word]
+    task = Wanted(model, weights, task_name, kernel.n, *map(int, head)).texts()
     if not kernel.matches(task.texts):
         raise ntkft.errors.InputError(
             f"{path(name)} is not for the {len(task)} texts of {task.name}: delete it and run the full tier."
@@ -102,24 +99,14 @@ def stored(name: str) -> tuple[Kernel, Task]:
     return kernel, task
 
 
-def make(name: str, memory: str = "8GB") -> Kernel:
+def make(wanted: Wanted, memory: str = "8GB") -> Kernel:
     """Compute and store a kernel unless it is there; its `info` holds the manifest of the run."""
-    if path(name).is_file():
-        return Kernel.load(path(name))
-    wanted = BY_NAME[name]
+    target = path(wanted.name)
+    if target.is_file():
+        return Kernel.load(target)
     about, started = manifest(__name__, seed=0), time.perf_counter()
     kernel = ntkft.empirical_ntk(wanted.readout(), wanted.texts().texts, memory=memory, progress=False)
     about |= {"seconds": round(time.perf_counter() - started, 1), "peak_memory_bytes": peak_memory()}
     kernel.info["manifest"] = about
-    kernel.save(path(name), compact=True)
-    return Kernel.load(path(name))
-
-
-def make_all() -> None:
-    """Compute what is missing, one kernel after the other; an interrupt loses at most the one under way."""
-    for name in BY_NAME:
-        make(name)
-
-
-if __name__ == "__main__":
-    make_all()
+    kernel.save(target, compact=True)
+    return Kernel.load(target)
