@@ -5,7 +5,7 @@ time t is training for a time t with one fixed kernel, the average :math:`\bar K
 a clock that reads kernel time off the training error, a radius that is measured again on the way, and an estimate of the risk
 from a twin run on labels that differ by a known small vector.
 
-Source: the book's chapter "Stopping language models"; Ramani, Blu & Unser 2008 for the twin.
+Source: the book's chapter "When the kernel drifts"; Ramani, Blu & Unser 2008 for the twin.
 
 Example
 -------
@@ -71,7 +71,7 @@ def residual_clock(descent: Descent, residual: float) -> float:
     last = float(time_grid(descent)[-1])
     if residual <= float(descent.residual(last)):
         return float("inf")
-    return float(brentq(lambda eta: float(descent.residual(eta)) - residual, 0.0, last, xtol=1e-12 * last, rtol=1e-12))
+    return float(brentq(lambda eta: float(descent.residual(eta)) - residual, 0.0, last, xtol=1e-15 / descent.eigenvalues[0], rtol=1e-14))
 
 
 def averaged_kernels(times: ArrayLike, matrices: ArrayLike) -> np.ndarray:
@@ -92,7 +92,7 @@ def averaged_kernels(times: ArrayLike, matrices: ArrayLike) -> np.ndarray:
 
 
 def drift_aware_rule(
-    times: ArrayLike, spectra: Sequence[Spectrum], sigma: float, norm: float = 1.0
+    times: ArrayLike, spectra: Sequence[Spectrum], sigma: float, norm: ArrayLike = 1.0
 ) -> StoppingTime:
     r"""Stop at the first time η with :math:`\eta \ge 1/\hat\varepsilon_n^2(\bar K_\eta)`, the radius of the averaged kernel.
 
@@ -104,8 +104,10 @@ def drift_aware_rule(
         Kernel times of the looks, increasing from 0.
     spectra : k Spectrum
         Eigenvalues of the averaged kernels (`averaged_kernels`) at those times.
-    sigma, norm : float
-        As in `rademacher_rule`.
+    sigma : float
+        Noise level of the labels.
+    norm : float or (k,)
+        R, one for all looks or one for each: a kernel c times as large has a target 1/√c times as large in norm.
 
     Returns
     -------
@@ -124,8 +126,9 @@ def drift_aware_rule(
         raise InputError(
             f"times is {eta} and there are {len(spectra)} spectra: give one increasing time for each, the first one 0."
         )
-    predicted = np.array([rademacher_rule(s, sigma, norm).eta for s in spectra])
-    info = {"predicted": predicted.tolist(), "times": eta.tolist(), "sigma": float(sigma), "norm": float(norm)}
+    norms = np.broadcast_to(np.asarray(norm, dtype=np.float64), eta.shape)
+    predicted = np.array([rademacher_rule(s, sigma, float(r)).eta for s, r in zip(spectra, norms, strict=True)])
+    info = {"predicted": predicted.tolist(), "times": eta.tolist(), "sigma": float(sigma), "norm": norms.tolist()}
     ahead = eta >= predicted
     if not ahead.any():
         return StoppingTime(float(predicted[-1]), "drift_aware", info | {"reached": False})

@@ -14,14 +14,13 @@ from ntkft.experiments.llm_kernels import DOMAINS, TOPICS, Wanted, make
 KERNELS = [
     *(Wanted("minilm", "pretrained", task, 1024) for task in DOMAINS),
     Wanted("minilm", "pretrained", "newsgroups", 1024),
-    *(Wanted("smollm2", "pretrained", task, 512) for task in ("tweets", "amazon")),
     *(Wanted("minilm", "random", task, 512) for task in DOMAINS),
-    *(Wanted("smollm2", "pretrained", task, 512) for task in ("movies", "nyt")),
+    *(Wanted("smollm2", "pretrained", task, 256) for task in ("amazon", "tweets", "movies", "nyt")),
     Wanted("minilm", "pretrained", "reuters", 512),
     *(Wanted("minilm", "pretrained", task, 512, head) for head in (1, 2) for task in DOMAINS),
     *(Wanted("minilm", "random", task, 256) for task in TOPICS),
-    *(Wanted("smollm2", "random", task, 256) for task in ("amazon", "tweets")),
-    *(Wanted("smollm2", "pretrained", task, 256) for task in TOPICS),
+    *(Wanted("smollm2", "random", task, 192) for task in ("amazon", "tweets")),
+    *(Wanted("smollm2", "pretrained", task, 192) for task in TOPICS),
 ]
 
 
