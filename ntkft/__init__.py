@@ -35,6 +35,10 @@ _WHERE = {
     "StoppingTime": "stopping",
     "descend": "descent",
     "Descent": "descent",
+    "Advice": "advice",
+    "stopping_advice": "advice",
+    "KernelStoppingCallback": "callback",
+    "sequence_readout": "callback",
 }
 _MODULES = (
     "analytic",

@@ -19,6 +19,8 @@ from ntkft.checks import (
     few_epochs,
     kernel_descent,
     kernel_engine,
+    llm_spectra,
+    llm_stopping,
     pretrained_ntk,
     random_ntk,
     rates,
@@ -34,6 +36,8 @@ LEDGER = (
     *random_ntk.CLAIMS,
     *attention_ntk.CLAIMS,
     *pretrained_ntk.CLAIMS,
+    *llm_spectra.CLAIMS,
+    *llm_stopping.CLAIMS,
     *kernel_engine.CLAIMS,
 )
 

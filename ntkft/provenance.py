@@ -29,7 +29,7 @@ from ntkft import _WHERE
 
 PACKAGE = Path(__file__).parent
 # These hold no mathematics: where files lie, how errors read. Assets are pinned by their own hashes.
-INERT = {"ntkft", "ntkft.errors", "ntkft.files", "ntkft.assets", "ntkft.catalogue", "ntkft.provenance"}
+INERT = {"ntkft", "ntkft.errors", "ntkft.files", "ntkft.assets", "ntkft.catalogue", "ntkft.provenance", "ntkft.experiments"}
 
 # The engine is exact by contract: its numbers are fixed by mathematics, tests hold it to plain autograd and to entries of
 # the stored kernels. So a faster engine does not make a result stale; a wrong one fails those tests.

@@ -39,7 +39,28 @@ PROMISED = {
         "--json",
     },
     "plan": {"--data", "--model", "--n", "--precision", "--memory", "--json"},
-    "spectrum": {"--sigma", "--norm", "--json"},
+    "spectrum": {"--sigma", "--norm", "--plot", "--json"},
+    "stop": {
+        "--data",
+        "--model",
+        "--sigma",
+        "--lr",
+        "--batch-size",
+        "--n",
+        "--rule",
+        "--norm",
+        "--loss",
+        "--optimizer",
+        "--centred-batches",
+        "--check-drift",
+        "--kernel",
+        "--save-kernel",
+        "--plot",
+        "--memory",
+        "--text-column",
+        "--label-column",
+        "--json",
+    },
     "run": {"--tier", "--seed", "--out", "--json"},
 }
 TEXTS = [
@@ -219,7 +240,7 @@ def test_spectrum_agrees_with_the_library(kernel_file, call):
     values = json.loads(out)
     raw, centred = (ntkft.Kernel.load(path).spectrum(centre=flag) for flag in (False, True))
     assert (code, err) == (0, "")
-    assert values == {
+    expected = {
         "n": 4,
         "lambda_1": pytest.approx(raw.eigenvalues[0]),
         "lambda_1_centred": pytest.approx(centred.eigenvalues[0]),
@@ -227,7 +248,12 @@ def test_spectrum_agrees_with_the_library(kernel_file, call):
         "critical_radius": pytest.approx(raw.critical_radius(0.7, 2.0)),
         "eta": pytest.approx(raw.critical_radius(0.7, 2.0) ** -2),
         "steps_at_1/lambda_1": int(raw.critical_radius(0.7, 2.0) ** -2 * raw.eigenvalues[0]),
+        "trace_centred": pytest.approx(centred.eigenvalues.sum()),
+        "critical_radius_centred": pytest.approx(centred.critical_radius(0.7, 2.0)),
+        "eta_centred": pytest.approx(centred.critical_radius(0.7, 2.0) ** -2),
+        "effective_dimension": pytest.approx(raw.effective_dimension(values["eta"])),
     }
+    assert {key: values[key] for key in expected} == expected
     assert "critical_radius" not in json.loads(call("spectrum", path, "--json")[1])
     text = call("spectrum", path)[1]
     assert re.search(r"^lambda_1 +[0-9.e+]+$", text, re.MULTILINE)
@@ -242,6 +268,74 @@ def test_spectrum_of_many_texts_prints_the_decay(call, tmp_path):
     few = ntkft.Kernel(np.diag([1.0] * 5 + [0.0] * 59), np.zeros(64)).save(tmp_path / "few.npz")
     code, out, _ = call("spectrum", few, "--json")  # five ranks have no decay to fit, and the rest is printed
     assert code == 0 and json.loads(out)["trace"] == pytest.approx(5 / 64) and "decay_exponent" not in out
+
+
+def test_spectrum_names_the_law_and_draws(call, tmp_path):
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((200, 400)) * np.arange(1, 401) ** -0.75
+    path = ntkft.Kernel(features @ features.T, np.zeros(200)).save(tmp_path / "k.npz")
+    code, out, _ = call("spectrum", path, "--sigma", "0.5", "--plot", tmp_path / "s.svg", "--json")
+    values = json.loads(out)
+    assert code == 0 and (tmp_path / "s.svg").read_text().lstrip().startswith("<?xml")
+    assert values["law"] in ("polynomial", "exponential", "stretched", "broken") and values["law_ranks"] == "5-50"
+    low, high = next(v for k, v in values.items() if k.endswith("_interval"))
+    assert low < high and set(values["law_scores"]) == {"polynomial", "exponential", "stretched", "broken"}
+    assert re.search(r"^law +\w+$", call("spectrum", path)[1], re.MULTILINE)
+    assert_one_line(call("spectrum", path, "--plot", tmp_path / "s.txt"), "--plot is 's.txt'", ".png")
+
+
+# --- stop -----------------------------------------------------------------------------------------------------
+
+
+def own_data(path):
+    return ("--data", path.parent / "own.csv", "--text-column", "what", "--label-column", "verdict")
+
+
+def test_stop_with_a_stored_kernel(kernel_file, call, tmp_path):
+    """The answer is that of the library; no model is loaded."""
+    path, _ = kernel_file
+    options = ("--kernel", path, "--sigma", 0.3, "--lr", 0.01, "--batch-size", 2)
+    code, out, err = call("stop", *own_data(path), *options, "--json")
+    values = json.loads(out)
+    task = ntkft.load_task(str(path.parent / "own.csv"), seed=0, text_column="what", label_column="verdict")
+    advice = ntkft.stopping_advice(
+        None, task, sigma=0.3, step_size=0.01, batch_size=2, kernel=ntkft.Kernel.load(path), progress=False
+    )
+    assert (code, err) == (0, "") and values["plan"] is None
+    assert values["steps"] == advice.steps and values["epochs"] == advice.epochs and values["rule"] == "discrepancy"
+    assert values["rules"]["rademacher"]["eta"] == pytest.approx(advice.rules["rademacher"]["eta"])
+    assert any("two values" in text for text in values["warnings"])
+    code, out, _ = call("stop", *own_data(path), *options, "--plot", tmp_path / "stop.png", "--rule", "sure")
+    assert code == 0 and out.startswith("stop ") and out.splitlines()[2].startswith("rule           sure, kernel time ")
+    assert (tmp_path / "stop.png").read_bytes().startswith(b"\x89PNG")
+    adam = call("stop", *own_data(path), *options, "--optimizer", "adamw")[1]
+    assert "when the training error (mean square) has fallen to" in adam
+    half = json.loads(call("stop", *own_data(path), *options, "--loss", "half-mse", "--json")[1])
+    assert half["steps"] in (2 * values["steps"], 2 * values["steps"] + 1)
+
+
+def test_stop_computes_a_kernel_with_the_plan_first(kernel_file, call, tmp_path):
+    path, _ = kernel_file
+    code, out, _ = call("stop", *own_data(path), "--save-kernel", tmp_path / "k.npz", "--check-drift")
+    lines = out.splitlines()
+    assert code == 0 and re.match(r"plan +kernel of 4 of 4 texts, 22,565,760 parameters: about \d+ s", lines[0])
+    assert lines[1].startswith("stop ") and "(estimated)" in out and "After kernel time" in out
+    assert ntkft.Kernel.load(tmp_path / "k.npz").n == 4
+    again = call("stop", *own_data(path), "--kernel", tmp_path / "k.npz")[1]
+    assert again.splitlines()[0] == lines[1]
+
+
+def test_stop_refuses_in_one_line_before_it_computes(kernel_file, call, tmp_path):
+    path, _ = kernel_file
+    own = own_data(path)
+    assert_one_line(call("stop", *own, "--plot", tmp_path / "x.txt"), "--plot is 'x.txt'", "x.png")
+    assert_one_line(call("stop", *own, "--save-kernel", tmp_path / "x.pkl"), "--save-kernel", "x.npz")
+    assert_one_line(call("stop", *own, "--n", 2), "--n is 2")
+    assert_one_line(call("stop", *own, "--kernel", tmp_path / "none.npz"), "There is no kernel at")
+    assert_one_line(call("stop", "--data", tmp_path / "none.csv"), "none.csv")
+    assert_one_line(call("stop", *own, "--kernel", path, "--sigma", "-1"), "sigma is -1.0")
+    (tmp_path / "other.csv").write_text("text,label\n" + "".join(f"Number {k}.,{k}\n" for k in range(5)))
+    assert_one_line(call("stop", "--data", tmp_path / "other.csv", "--kernel", path), "are not among the task's 5")
 
 
 def test_what_does_not_fit_is_one_line(call, kernel_file, tmp_path):
@@ -270,7 +364,7 @@ def test_what_does_not_fit_is_one_line(call, kernel_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("spectrum",), ("kernel", "--data", "x"), ("nonsense",), ("run", "x", "--tier", "huge")]
+    "arguments", [("spectrum",), ("stop",), ("kernel", "--data", "x"), ("nonsense",), ("run", "x", "--tier", "huge")]
 )
 def test_wrong_usage_is_status_2_without_a_traceback(call, arguments):
     code, out, err = call(*arguments)

@@ -28,6 +28,8 @@ CHAPTERS = (
     "random_ntk",
     "attention_ntk",
     "pretrained_ntk",
+    "llm_spectra",
+    "llm_stopping",
 )
 TIERS = ("quick", "full")
 

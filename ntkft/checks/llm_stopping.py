@@ -10,7 +10,7 @@ from scipy.special import expit
 from ntkft import stopping
 from ntkft.checks import Claim, Verdict, full_result
 from ntkft.descent import descend
-from ntkft.experiments.llm_rules import DOMAINS, RATERS
+from ntkft.experiments.llm_stopping import DOMAINS, RATERS
 from ntkft.experiments.result import Result
 from ntkft.logistic import logistic_path
 from ntkft.spectrum import Spectrum
@@ -219,7 +219,7 @@ BOTH = ("smollm2", "minilm")
 
 def raters_lengthen_training(broken: bool = False) -> Verdict:
     """Stored draws: the power of the variance ratio with which the rule's time grows, and the median growth of the best times."""
-    result = full_result("llm_rules")
+    result = full_result("llm_stopping")
     data, powers, growth, holds = result.arrays, [], [], True
     for first in _parts(result, BOTH):
         for m in RATERS[1:]:
@@ -239,7 +239,7 @@ def raters_lengthen_training(broken: bool = False) -> Verdict:
 
 def a_few_epochs(broken: bool = False) -> Verdict:
     """Stored draws: median epochs of the best time and of the rule, centred, B = 16, c = 1/2, 128 texts."""
-    result = full_result("llm_rules")
+    result = full_result("llm_stopping")
     data = result.arrays
     count = {
         rule: [
@@ -267,7 +267,7 @@ def _paired(result: Result, where: str, rule: str, other: str) -> tuple[float, f
 
 def rule_on_smollm2(broken: bool = False) -> Verdict:
     """Stored draws: R = 1 costs at most 3 %, less than hold-out by its paired interval, and within 2 points of three epochs."""
-    result = full_result("llm_rules")
+    result = full_result("llm_stopping")
     worst, gap, away, count = 0.0, np.inf, 0.0, 0
     for n in (64, 128, 192):
         for w in _parts(result, ("smollm2",), n):
@@ -281,7 +281,7 @@ def rule_on_smollm2(broken: bool = False) -> Verdict:
 
 def rule_on_minilm(broken: bool = False) -> Verdict:
     """Stored draws: R = 1 is above 5 % in each domain, and paired differences from three rules exclude zero."""
-    result = full_result("llm_rules")
+    result = full_result("llm_stopping")
     least, medians = np.inf, []
     for w in _parts(result, ("minilm",)):
         medians.append(result.values[f"{w}/rademacher"]["median"])
@@ -297,7 +297,7 @@ def rule_on_minilm(broken: bool = False) -> Verdict:
 
 def size_of_the_target(broken: bool = False) -> Verdict:
     """Stored draws: SURE <= 2 %, evidence <= 4 %, true norm above both, plug-in, truncated and prior norm above 10 %."""
-    result = full_result("llm_rules")
+    result = full_result("llm_stopping")
     holds, most, least = True, 0.0, np.inf
     for w in _parts(result, BOTH):
         v = {r: result.values[f"{w}/{r}"]["median"] for r in ("sure", "evidence", "true_norm")}
@@ -312,23 +312,23 @@ def size_of_the_target(broken: bool = False) -> Verdict:
 
 
 def without_pretraining(broken: bool = False) -> Verdict:
-    """Stored draws, random MiniLM: SURE above 5 % on new texts, at most 5 % on training texts, R = 1 below it on new ones."""
-    values = full_result("llm_rules").values
+    """Stored draws, random MiniLM: SURE's excess on new texts is 3 times that on training texts; R = 1 has less on average."""
+    values = full_result("llm_stopping").values
     names = [name for name in values["kernels"] if name.startswith("random-")]
     cases = [
         tuple(values[f"{name}/128/1/{rule}"]["median"] for rule in ("sure", "sample_sure", "rademacher"))
         for name in names
     ]
-    holds = len(cases) >= 3
-    for new, own, ours in cases:
-        holds &= new > 0.05 and own <= (0.0 if broken else 0.05) and ours < new
+    apart = min(new / own for new, own, _ in cases)
+    sure, _, clock = np.mean(cases, axis=0)
+    holds = len(cases) == 4 and apart >= (10 if broken else 3) and clock < sure
     told = "; ".join(f"{100 * new:.1f}, {100 * own:.1f}, {100 * ours:.1f}" for new, own, ours in cases)
     return Verdict(bool(holds), f"SURE new and own, R = 1 new, in %: {told}")
 
 
 def two_classes(broken: bool = False) -> Verdict:
     """Stored draws: opinions punish never stopping by 0.1 nats and forgive the deviance rule; newsgroups do not punish."""
-    result = full_result("llm_rules")
+    result = full_result("llm_stopping")
     opinions = [k for k in result.values["two_class"] if k.split("-")[1] in DOMAINS]
     never = min(result.values[f"{k}/logistic/never"]["median"] for k in opinions)
     deviance = max(result.values[f"{k}/logistic/deviance"]["median"] for k in opinions)
@@ -443,7 +443,7 @@ CLAIMS = (
     Claim(
         "obs-lp-twins",
         CHAPTER,
-        "On MiniLM's random twin SURE serves the training texts and fails new ones, where the Rademacher rule is better.",
+        "On MiniLM's random twin SURE serves the training texts; on new ones the Rademacher rule is better on average.",
         "stored",
         without_pretraining,
     ),
