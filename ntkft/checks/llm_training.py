@@ -9,7 +9,7 @@ from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
 from ntkft import monitor, stopping
-from ntkft.checks import Claim, Verdict, full_result
+from ntkft.checks import Claim, Verdict
 from ntkft.descent import descend
 from ntkft.spectrum import Spectrum
 
@@ -131,3 +131,49 @@ def stein_is_unbiased(broken: bool = False) -> Verdict:
         left = weights @ ((y - f) ** 2 - sigma**2 + (1 if broken else 2) * sigma**2 * slope)
         worst = max(worst, abs(left - weights @ (f - truth) ** 2))
     return Verdict(bool(worst < 1e-7), f"both sides agree to {worst:.0e}")
+
+
+CLAIMS = (
+    Claim(
+        "lem-lt-clock",
+        CHAPTER,
+        "The residual clock shows the kernel time of training at any speed, exactly.",
+        "numeric",
+        clock_reads_speed,
+    ),
+    Claim(
+        "thm-lt-averaged",
+        CHAPTER,
+        "A moving kernel acts by its average, up to half the integral of the norm of its commutator with what has passed.",
+        "numeric",
+        moving_kernel,
+    ),
+    Claim(
+        "cor-lt-drift",
+        CHAPTER,
+        "Where the kernels commute, the drift-aware stop has an expected error below (1/2e + 1/4e²) R²ε̂² of the averaged kernel.",
+        "numeric",
+        drift_aware_guarantee,
+    ),
+    Claim(
+        "prop-lt-scale",
+        CHAPTER,
+        "A kernel c times as large stops between 1/√c and 1 times as late at the same R, and at 1/c with R/√c.",
+        "numeric",
+        scaled_kernel,
+    ),
+    Claim(
+        "prop-lt-twin",
+        CHAPTER,
+        "For linear training the twin's estimate has mean tr S and variance Σ(S_ij + S_ji)² over pairs.",
+        "numeric",
+        twin_moments,
+    ),
+    Claim(
+        "prop-lt-stein",
+        CHAPTER,
+        "Residual - σ² + 2σ² tr J/n is an unbiased estimate of the risk of any smooth training under Gaussian noise.",
+        "numeric",
+        stein_is_unbiased,
+    ),
+)

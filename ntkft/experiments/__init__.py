@@ -30,6 +30,7 @@ CHAPTERS = (
     "pretrained_ntk",
     "llm_spectra",
     "llm_stopping",
+    "llm_training",
 )
 TIERS = ("quick", "full")
 
