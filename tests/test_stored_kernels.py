@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import ntkft
+from ntkft.experiments.llm_kernel_list import KERNELS
+from ntkft.experiments.llm_kernels import stored
 from ntkft.experiments.stopping_rule import DOMAINS, TEXTS, stored_kernel
 from tests.helpers import relative
 
@@ -34,3 +36,23 @@ def test_entries_are_what_the_engine_computes_today(readout, domain):
         f"the stored kernel of {domain} differs by {error:.1e}: `ntkft run stopping_rule --tier full`"
     )
     np.testing.assert_allclose(fresh.scores, stored.scores[rows], atol=1e-3)
+
+
+# --- The kernels of the chapters on language models ---------------------------------------------------------
+
+LANGUAGE = [wanted for wanted in KERNELS if wanted.model == "minilm"] + [
+    wanted for wanted in KERNELS if wanted.model == "smollm2" and wanted.task in ("tweets", "newsgroups")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", LANGUAGE, ids=lambda wanted: wanted.name)
+def test_two_texts_of_each_language_model_kernel(wanted):
+    kernel, task = stored(wanted.name)
+    assert kernel.n == wanted.n
+    rows = np.argsort([len(text) for text in task.texts], kind="stable")[[0, 9]]
+    fresh = ntkft.empirical_ntk(wanted.readout(), [task.texts[i] for i in rows], progress=False)
+    # the random twins' gradients are nearly parallel: single precision of the file and of the passes shows a little more
+    assert relative(kernel.block(rows).matrix, fresh.matrix) < 1e-5
+    np.testing.assert_allclose(fresh.scores, kernel.scores[rows], atol=1e-3)
+    assert kernel.info["manifest"], "a stored kernel says where it comes from"

@@ -38,6 +38,7 @@ RATE, WARM_UP = 1e-3, 50  # AdamW, linear warm-up, then a cosine to a tenth
 VOCABULARY, TEXTS = 4096, 256
 TASKS = ("amazon", "tweets")
 OUT = FOLDER / "pretraining"
+MODULE = "ntkft.experiments.llm_pretraining"  # also when it runs as a script
 END = "<|endoftext|>"
 
 
@@ -179,9 +180,11 @@ def kernels(step: int, loaded: LoadedModel, out: Path = OUT, tasks: Sequence[str
 
 
 def make_all(out: Path = OUT, progress: bool = True) -> None:
-    """Pretrain, compute and store every kernel, and the log with its manifest."""
-    about = manifest(__name__, seed=0)
-    folder = home() / "runs" / "llm_pretraining" / code_hash(__name__)[:16]
+    """Pretrain, compute and store every kernel, and the log with its manifest; nothing if the log is there."""
+    if (out / "log.json").is_file():
+        return
+    about = manifest(MODULE, seed=0)
+    folder = home() / "runs" / "llm_pretraining" / code_hash(MODULE)[:16]
     for step, place in zip(STEPS, checkpoints(pretraining_texts(), folder, progress=progress), strict=True):
         kernels(step, ntkft.load_model(place), out)
     log = json.loads((folder / f"step-{STEPS[-1]}" / "log.json").read_text())
