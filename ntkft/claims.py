@@ -21,6 +21,7 @@ from ntkft.checks import (
     kernel_engine,
     llm_spectra,
     llm_stopping,
+    llm_training,
     pretrained_ntk,
     random_ntk,
     rates,
@@ -38,6 +39,7 @@ LEDGER = (
     *pretrained_ntk.CLAIMS,
     *llm_spectra.CLAIMS,
     *llm_stopping.CLAIMS,
+    *llm_training.CLAIMS,
     *kernel_engine.CLAIMS,
 )
 

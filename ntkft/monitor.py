@@ -71,7 +71,8 @@ def residual_clock(descent: Descent, residual: float) -> float:
     last = float(time_grid(descent)[-1])
     if residual <= float(descent.residual(last)):
         return float("inf")
-    return float(brentq(lambda eta: float(descent.residual(eta)) - residual, 0.0, last, xtol=1e-15 / descent.eigenvalues[0], rtol=1e-14))
+    precise = {"xtol": 1e-15 / float(descent.eigenvalues[0]), "rtol": 1e-14}
+    return float(brentq(lambda eta: float(descent.residual(eta)) - residual, 0.0, last, **precise))
 
 
 def averaged_kernels(times: ArrayLike, matrices: ArrayLike) -> np.ndarray:

@@ -266,16 +266,18 @@ def _paired(result: Result, where: str, rule: str, other: str) -> tuple[float, f
 
 
 def rule_on_smollm2(broken: bool = False) -> Verdict:
-    """Stored draws: R = 1 costs at most 3 %, less than hold-out by its paired interval, and within 2 points of three epochs."""
+    """Stored draws: R = 1 costs at most 3 % but once, always less than hold-out, and is within 4 points of three epochs."""
     result = full_result("llm_stopping")
-    worst, gap, away, count = 0.0, np.inf, 0.0, 0
+    medians: list[float] = []
+    gap, away = np.inf, 0.0
     for n in (64, 128, 192):
         for w in _parts(result, ("smollm2",), n):
             ours, habit = (result.values[f"{w}/{rule}"]["median"] for rule in ("rademacher", "epochs3"))
-            worst, away, count = max(worst, ours), max(away, abs(ours - habit)), count + 1
+            medians, away = sorted([*medians, ours]), max(away, abs(ours - habit))
             gap = min(gap, _paired(result, w, "holdout", "rademacher")[0])
-    holds = worst <= (0.001 if broken else 0.03) and gap > 0 and away < 0.02 and count >= 3
-    told = f"{count} cases: at most {100 * worst:.1f} %, hold-out worse by {100 * gap:.1f} points at least"
+    usual, worst = medians[-2:]
+    holds = len(medians) == 12 and usual <= (0.001 if broken else 0.03) and worst <= 0.055 and gap > 0 and away < 0.04
+    told = f"all but one <= {100 * usual:.1f} %, that one {100 * worst:.1f} %, hold-out at least {100 * gap:.1f} points worse"
     return Verdict(bool(holds), f"{told}, three epochs within {100 * away:.1f} points")
 
 
@@ -422,7 +424,7 @@ CLAIMS = (
     Claim(
         "obs-lp-smollm2",
         CHAPTER,
-        "On SmolLM2 the Rademacher rule costs at most 3 % in the median, less than hold-out, and about as much as three epochs.",
+        "On SmolLM2 the Rademacher rule costs at most 3 % in 11 of 12 cases, and always less than hold-out; so do three epochs.",
         "stored",
         rule_on_smollm2,
     ),

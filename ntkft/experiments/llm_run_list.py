@@ -12,7 +12,7 @@ from ntkft.experiments.llm_runs import Run
 Method = Literal["gd", "sgd", "adamw"]
 Kind = Literal["main", "twin", "holdout"]
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 ALL: tuple[tuple[Method, Kind], ...] = (
     ("sgd", "main"),
     ("sgd", "twin"),
@@ -26,8 +26,7 @@ RUNS = [
     for seed in SEEDS
     for task in ("amazon", "movies", "nyt", "tweets")
     for method, kind in ALL
+    if method != "gd" or seed == 0
 ]
-RUNS += [Run("minilm", "newsgroups", "sgd", seed) for seed in SEEDS]
-RUNS += [
-    Run("smollm2", task, method, 0, kind) for task in ("amazon", "tweets") for method, kind in ALL if kind != "holdout"
-]
+RUNS += [Run("minilm", "newsgroups", "sgd", 0)]
+RUNS += [Run("smollm2", task, "sgd", 0) for task in ("amazon", "tweets")]
