@@ -12,6 +12,7 @@ from ntkft.experiments import llm_kernels, llm_pretraining, llm_runs, llm_traini
 from ntkft.experiments.llm_run_list import RUNS
 from ntkft.experiments.llm_runs import Run, run_path
 from ntkft.finetune import train
+from ntkft.provenance import code_hash
 from tests import tiny
 
 N = len(tiny.TEXTS)
@@ -96,6 +97,18 @@ def test_every_run_of_the_list_is_stored_and_none_twice():
     assert len(set(keys)) == len(keys)
     missing = [key for key in keys if not (llm_training.FOLDER / f"{key}.npz").is_file()]
     assert not missing, f"`ntkft run llm_training --tier full` makes {', '.join(missing)}"
+
+
+def test_stored_runs_are_whole_and_made_by_the_present_code():
+    index = ntkft.files.read_json(llm_training.FOLDER / "index.json")
+    assert sorted(index) == sorted(path.stem for path in llm_training.FOLDER.glob("*.npz"))
+    now = code_hash("ntkft.experiments.llm_runs")
+    stale = [key for key, about in index.items() if about["code_sha256"] != now]
+    assert not stale, f"made by other code: {', '.join(stale)}"
+    for run in RUNS:
+        found = llm_training.load(run)
+        assert found is not None and len(found["step"]) == len(found["scores"])
+        assert all(np.isfinite(found[key]).all() for key in ("scores", "y", "kernels") if key in found)
 
 
 def test_patience_keeps_the_best_look_before_it_waited_in_vain():

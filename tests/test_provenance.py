@@ -362,9 +362,8 @@ def stored_results(root: Path) -> list[Path]:
 
 
 def stored_kernels(root: Path) -> list[Path]:
-    return sorted(
-        p for p in root.rglob("*.npz") if p.name not in ("quick.npz", "full.npz")
-    )  # these are Result's arrays
+    arrays = ("quick.npz", "full.npz")  # of a Result; training runs have a test of their own
+    return sorted(p for p in root.rglob("*.npz") if p.name not in arrays and p.parent.name != "runs")
 
 
 def name_of(path: Path | None) -> str:
