@@ -35,6 +35,7 @@ from ntkft.descent import Descent, descend
 from ntkft.errors import InputError
 from ntkft.files import atomic_path, sha256_text
 from ntkft.finetune import preserved_weights, train
+from ntkft.monitor import twin_risk
 from ntkft.ntk import Kernel, empirical_ntk
 from ntkft.readout import Readout
 from ntkft.spectrum import Spectrum, require_positive
@@ -280,9 +281,9 @@ def stopping_advice(
     chosen = rule or ("gcv" if source == "estimated" else "discrepancy")
     grid = time_grid(descent)
     free = path.degrees_of_freedom(grid)
-    grid = grid[: max(int(np.searchsorted(free, 0.98 * free[-1])), 2)]  # beyond, nothing happens
-    curves = {"eta": grid, "residual": path.residual(grid)}
-    curves["risk"] = curves["residual"] - level**2 + 2 * level**2 * path.degrees_of_freedom(grid) / n
+    shown = slice(max(int(np.searchsorted(free, 0.98 * free[-1])), 2))  # beyond, nothing happens
+    curves = {"eta": grid[shown], "residual": path.residual(grid[shown])}
+    curves["risk"] = twin_risk(curves["residual"], free[shown], level, n)
     eta = found[chosen].eta
     advice = Advice(
         chosen, eta, int(table[chosen]["steps"]), table[chosen]["epochs"], table, float(path.residual(eta)), lr,

@@ -14,6 +14,7 @@ import ntkft
 from ntkft import stopping
 from ntkft.descent import Descent, descend
 from ntkft.experiments.llm_runs import BATCH, DELTA, Run, kept, outcome, probe, run_path
+from ntkft.experiments.llm_stopping import PATIENCE, patient
 from ntkft.experiments.result import RESULTS
 from ntkft.files import atomic_path, read_json, write_json
 from ntkft.logistic import cross_entropy, logistic_path
@@ -44,7 +45,6 @@ RULES = (
     "end",
 )
 FLAT = 0.10  # the flat bottom: where the error is within this share of its least value
-PATIENCE = 3
 
 
 def pack(run: Run) -> None:
@@ -145,8 +145,7 @@ def stops(run: Run, first: dict[str, np.ndarray]) -> dict[str, Any] | None:
     found["kernel_step"] = np.concatenate([[0], main["kernel_step"]])
     if run.method != "adamw":
         eta = when * step
-        cross = descend(first["kernel"][:n, :n], y, first["scores"][0, :n], intercept=True)
-        outside = cross.predict(eta, first["kernel"][n:, :n], first["scores"][0, n:])
+        outside = path.predict(eta, first["kernel"][n:, :n], first["scores"][0, n:])
         found |= {
             "eta": eta,
             "kernel_residual": path.residual(eta),
@@ -206,13 +205,7 @@ def _patience(held: dict[str, np.ndarray], y: np.ndarray, rows: np.ndarray) -> i
     """Return the look that hold-out with patience keeps: the best error on the labels left out before it waited in vain."""
     out = np.setdiff1d(np.arange(len(y)), rows)
     error = ((fitted(held, y[rows])[:, out] - y[out]) ** 2).mean(1)
-    best = 0
-    for k in range(1, len(error)):
-        if error[k] < error[best]:
-            best = k
-        elif k - best >= PATIENCE:
-            break
-    return best
+    return patient(error)
 
 
 def _flat(when: np.ndarray, error: np.ndarray) -> tuple[float, float]:
