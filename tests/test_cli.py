@@ -61,6 +61,7 @@ PROMISED = {
         "--label-column",
         "--json",
     },
+    "tasks": {"--model", "--n", "--sigma", "--held-out", "--vector", "--readout", "--seed", "--plot", "--memory", "--json"},
     "run": {"--tier", "--seed", "--out", "--json"},
 }
 TEXTS = [

@@ -8,8 +8,9 @@ import torch
 
 import ntkft
 from ntkft.errors import InputError
-from ntkft.experiments import llm_kernels, llm_pretraining, llm_runs, llm_training
-from ntkft.experiments.llm_run_list import RUNS
+from ntkft.experiments import llm_classes, llm_kernels, llm_pretraining, llm_runs, llm_training
+from ntkft.experiments.llm_classes import Classes
+from ntkft.experiments.llm_run_list import CLASSES, RUNS
 from ntkft.experiments.llm_runs import Run, run_path
 from ntkft.finetune import train
 from ntkft.provenance import code_hash
@@ -80,10 +81,12 @@ def test_packing_keeps_everything_to_single_precision(tmp_path, monkeypatch):
         "seconds": np.array(1.5),
     }
     monkeypatch.setattr(llm_training, "FOLDER", tmp_path)
-    monkeypatch.setattr(llm_training, "outcome", lambda run: made)
+    monkeypatch.setattr(llm_runs, "outcome", lambda run: made)
     run = Run("minilm", "tweets", "sgd", 0)
     assert llm_training.load(run) is None
     llm_training.pack(run)
+    monkeypatch.setattr(llm_runs, "outcome", lambda run: pytest.fail("made twice"))
+    llm_training.pack(run)  # it is there, and made by this code
     found = llm_training.load(run)
     assert found is not None
     for key in ("kernel", "kernels", "y", "rows"):
@@ -92,8 +95,23 @@ def test_packing_keeps_everything_to_single_precision(tmp_path, monkeypatch):
     assert ntkft.files.read_json(tmp_path / "index.json")[run.key]["seconds"] == 1.5
 
 
+def test_runs_made_by_other_code_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(llm_training, "FOLDER", tmp_path)
+    monkeypatch.setattr(llm_classes, "outcome", lambda run: {"scores": np.zeros((1, 2)), "rows": np.arange(2), "seconds": 1.0})
+    run = Classes("newsgroups", 0.1, 0)
+    monkeypatch.setattr(llm_training, "code", lambda run: "old")
+    llm_training.pack(run)
+    monkeypatch.undo()
+    monkeypatch.setattr(llm_training, "FOLDER", tmp_path)
+    made = []
+    monkeypatch.setattr(llm_classes, "outcome", lambda run: made.append(run) or {"scores": np.ones((1, 2)), "seconds": 2.0})
+    llm_training.pack(run)
+    assert made == [run]
+    assert ntkft.files.read_json(tmp_path / "index.json")[run.key]["code_sha256"] == code_hash(llm_classes.__name__)
+
+
 def test_every_run_of_the_list_is_stored_and_none_twice():
-    keys = [run.key for run in RUNS]
+    keys = [run.key for run in (*RUNS, *CLASSES)]
     assert len(set(keys)) == len(keys)
     missing = [key for key in keys if not (llm_training.FOLDER / f"{key}.npz").is_file()]
     assert not missing, f"`ntkft run llm_training --tier full` makes {', '.join(missing)}"
@@ -102,10 +120,9 @@ def test_every_run_of_the_list_is_stored_and_none_twice():
 def test_stored_runs_are_whole_and_made_by_the_present_code():
     index = ntkft.files.read_json(llm_training.FOLDER / "index.json")
     assert sorted(index) == sorted(path.stem for path in llm_training.FOLDER.glob("*.npz"))
-    now = code_hash("ntkft.experiments.llm_runs")
-    stale = [key for key, about in index.items() if about["code_sha256"] != now]
+    stale = [run.key for run in (*RUNS, *CLASSES) if index[run.key]["code_sha256"] != llm_training.code(run)]
     assert not stale, f"made by other code: {', '.join(stale)}"
-    for run in RUNS:
+    for run in (*RUNS, *CLASSES):
         found = llm_training.load(run)
         assert found is not None and len(found["step"]) == len(found["scores"])
         assert all(np.isfinite(found[key]).all() for key in ("scores", "y", "kernels") if key in found)

@@ -266,17 +266,17 @@ def _paired(result: Result, where: str, rule: str, other: str) -> tuple[float, f
 
 
 def rule_on_smollm2(broken: bool = False) -> Verdict:
-    """Stored draws: R = 1 costs at most 3 % but once, always less than hold-out, and is within 4 points of three epochs."""
+    """Stored draws: R = 1 costs at most 2 % but once, always less than hold-out, and is within 3 points of three epochs."""
     result = full_result("llm_stopping")
     medians: list[float] = []
     gap, away = np.inf, 0.0
-    for n in (64, 128, 192):
+    for n in (64, 128, 256):
         for w in _parts(result, ("smollm2",), n):
             ours, habit = (result.values[f"{w}/{rule}"]["median"] for rule in ("rademacher", "epochs3"))
             medians, away = sorted([*medians, ours]), max(away, abs(ours - habit))
             gap = min(gap, _paired(result, w, "holdout", "rademacher")[0])
     usual, worst = medians[-2:]
-    holds = len(medians) == 12 and usual <= (0.001 if broken else 0.03) and worst <= 0.055 and gap > 0 and away < 0.04
+    holds = len(medians) == 12 and usual <= (0.001 if broken else 0.02) and worst <= 0.04 and gap > 0 and away < 0.03
     told = f"all but one <= {100 * usual:.1f} %, that one {100 * worst:.1f} %, hold-out at least {100 * gap:.1f} points worse"
     return Verdict(bool(holds), f"{told}, three epochs within {100 * away:.1f} points")
 
@@ -298,13 +298,13 @@ def rule_on_minilm(broken: bool = False) -> Verdict:
 
 
 def size_of_the_target(broken: bool = False) -> Verdict:
-    """Stored draws: SURE <= 2 %, evidence <= 4 %, true norm above both, plug-in, truncated and prior norm above 10 %."""
+    """Stored draws: SURE <= 2 %, evidence <= 5 %, true norm above both, plug-in, truncated and prior norm above 10 %."""
     result = full_result("llm_stopping")
     holds, most, least = True, 0.0, np.inf
     for w in _parts(result, BOTH):
         v = {r: result.values[f"{w}/{r}"]["median"] for r in ("sure", "evidence", "true_norm")}
         bad = min(result.values[f"{w}/{r}"]["median"] for r in ("plug_in", "truncated", "prior_norm"))
-        holds &= v["sure"] <= (0.0 if broken else 0.02) and v["evidence"] <= 0.04
+        holds &= v["sure"] <= (0.0 if broken else 0.02) and v["evidence"] <= 0.05
         holds &= v["true_norm"] > max(v["sure"], v["evidence"]) and bad > 0.1
         most, least = max(most, v["sure"], v["evidence"]), min(least, bad)
     return Verdict(
@@ -424,7 +424,7 @@ CLAIMS = (
     Claim(
         "obs-lp-smollm2",
         CHAPTER,
-        "On SmolLM2 the Rademacher rule costs at most 3 % in 11 of 12 cases, and always less than hold-out; so do three epochs.",
+        "On SmolLM2 the Rademacher rule costs at most 2 % in 11 of 12 cases, and always less than hold-out; so do three epochs.",
         "stored",
         rule_on_smollm2,
     ),
@@ -438,7 +438,7 @@ CLAIMS = (
     Claim(
         "obs-lp-size",
         CHAPTER,
-        "SURE costs at most 2 %, the evidence rule 4 %, the true norm more, estimated norms more than 10 %.",
+        "SURE costs at most 2 %, the evidence rule 5 %, the true norm more, estimated norms more than 10 %.",
         "stored",
         size_of_the_target,
     ),

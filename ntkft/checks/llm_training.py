@@ -181,6 +181,21 @@ def drift_is_not_enough(broken: bool = False) -> Verdict:
     return Verdict(bool(holds), f"fixed kernel {excess[base]}, drift-aware {excess[aware[1]]}")
 
 
+def two_classes(broken: bool = False) -> Verdict:
+    """Stored runs: growth of λ_1, training losses from look to look, and test losses of network and fixed kernel."""
+    result = full_result(CHAPTER)
+    data, names = result.arrays, result.values["classes_runs"]
+    small, large = ([k for k, name in enumerate(names) if f"-{share}-" in name] for share in (0.025, 0.1))
+    growth = data["classes_lambda_1"].max(1) / data["classes_lambda_1"][:, 0]
+    rise = np.diff(data["classes_real_train_loss"], axis=1).max(1)
+    real, kernel = data["classes_real_loss"][small], data["classes_kernel_loss"][small]
+    holds = len(small) > 1 and len(large) > 1 and growth.min() >= (1e4 if broken else 50)
+    holds &= rise[small].max() <= 0.01 and rise[large].min() > 0.2
+    holds &= bool((real.min(1) < kernel.min(1)).all() and (real[:, -1] > real.min(1)).all())
+    told = f"λ_1 grows {growth.min():.0f} to {growth.max():.0f} times, jumps of {rise[large].min():.2f} nats"
+    return Verdict(bool(holds), told)
+
+
 CLAIMS = (
     Claim(
         "lem-lt-clock",
@@ -244,5 +259,12 @@ CLAIMS = (
         "On MiniLM the clock and the drift-aware rules stop earlier than the fixed kernel's rule, and cost more.",
         "stored",
         drift_is_not_enough,
+    ),
+    Claim(
+        "obs-lt-classes",
+        CHAPTER,
+        "Two classes: λ_1 grows fiftyfold; small steps fall, turn, and beat the fixed kernel; large ones jump on the way.",
+        "stored",
+        two_classes,
     ),
 )

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ntkft.experiments.llm_classes import Classes
+from ntkft.experiments.llm_kernels import TOPICS
 from ntkft.experiments.llm_runs import Run
 
 Method = Literal["gd", "sgd", "adamw"]
 Kind = Literal["main", "twin", "holdout"]
 
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3)
 ALL: tuple[tuple[Method, Kind], ...] = (
     ("sgd", "main"),
     ("sgd", "twin"),
@@ -26,7 +28,13 @@ RUNS = [
     for seed in SEEDS
     for task in ("amazon", "movies", "nyt", "tweets")
     for method, kind in ALL
-    if method != "gd" or seed == 0
 ]
-RUNS += [Run("minilm", "newsgroups", "sgd", 0)]
-RUNS += [Run("smollm2", task, "sgd", 0) for task in ("amazon", "tweets")]
+# Full batches would take SmolLM2 an hour a run on two cores, and tell what its small steps tell.
+RUNS += [
+    Run("smollm2", task, method, 0, kind)
+    for method, kind in ALL
+    if kind != "holdout" and method != "gd"
+    for task in ("amazon", "tweets")
+]
+CLASSES = [Classes(task, 0.025, seed) for seed in (0, 1) for task in TOPICS]
+CLASSES += [Classes(task, 0.1, 0) for task in TOPICS]

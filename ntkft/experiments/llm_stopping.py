@@ -27,7 +27,7 @@ from ntkft.ntk import Kernel
 from ntkft.tasks import Task
 
 TEXTS, TEST, BATCH, STEP, LOOKS, PATIENCE = 512, 128, 16, 0.5, 1024, 3
-SIZES, RATERS, MIDDLE, PAIRS = (64, 128, 192, 384), (1, 2, 5, 10), 128, 96
+SIZES, RATERS, MIDDLE, PAIRS = (64, 128, 256, 384), (1, 2, 5, 10), 128, 96
 DRAWS = {"quick": 6, "full": 40}
 PRETRAINED = (*(f"smollm2-{d}" for d in DOMAINS), *(f"minilm-{d}-{s}" for s in (0, 1, 2) for d in DOMAINS))
 TWINS = (*(f"random-{d}-0" for d in DOMAINS), "smollm2random-amazon", "smollm2random-tweets")

@@ -6,6 +6,7 @@ here, so the quick tier repeats the whole analysis and adds one short run of its
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import numpy as np
 import ntkft
 from ntkft import stopping
 from ntkft.descent import Descent, descend
-from ntkft.experiments.llm_runs import BATCH, DELTA, Run, kept, outcome, probe, run_path
+from ntkft.experiments import llm_classes, llm_runs
+from ntkft.experiments.llm_classes import Classes
+from ntkft.experiments.llm_runs import BATCH, DELTA, Run, kept, probe, run_path
 from ntkft.experiments.llm_stopping import PATIENCE, patient
-from ntkft.experiments.result import RESULTS
+from ntkft.experiments.result import RESULTS, resumable
 from ntkft.files import atomic_path, read_json, write_json
 from ntkft.logistic import cross_entropy, logistic_path
 from ntkft.monitor import (
@@ -47,9 +50,24 @@ RULES = (
 FLAT = 0.10  # the flat bottom: where the error is within this share of its least value
 
 
-def pack(run: Run) -> None:
-    """Make a run if need be, and keep it in the results: symmetric matrices as one float32 triangle."""
-    found = outcome(run)
+def code(run: Run | Classes) -> str:
+    """Return the hash of the code that makes a run."""
+    return code_hash(llm_runs.__name__ if isinstance(run, Run) else llm_classes.__name__)
+
+
+def pack(run: Run | Classes) -> None:
+    """Make a run unless the results hold it, and keep it there: symmetric matrices as one float32 triangle."""
+    index = read_json(FOLDER / "index.json") if (FOLDER / "index.json").is_file() else {}
+    if index.get(run.key, {}).get("code_sha256") == code(run) and (FOLDER / f"{run.key}.npz").is_file():
+        return
+    if isinstance(run, Run):
+        first = replace(run, method="sgd", kind="main")
+        # A run begins with the prediction of that one: spare making it again.
+        if first != run and (known := load(first)) is not None:
+            resumable(llm_runs.__name__, first.key, lambda: known)
+        found = llm_runs.outcome(run)
+    else:
+        found = llm_classes.outcome(run)
     small = {k: v for k, v in found.items() if k not in ("kernel", "kernels", "scores", "seconds")}
     small["scores"] = found["scores"].astype(np.float32)
     for key in ("kernel", "kernels"):
@@ -58,12 +76,11 @@ def pack(run: Run) -> None:
             small[key] = found[key][..., *upper]
     with atomic_path(FOLDER / f"{run.key}.npz") as temporary:
         np.savez_compressed(temporary, **small)  # type: ignore[arg-type]
-    index = read_json(FOLDER / "index.json") if (FOLDER / "index.json").is_file() else {}
-    index[run.key] = {"seconds": float(found["seconds"]), "code_sha256": code_hash("ntkft.experiments.llm_runs")}
+    index[run.key] = {"seconds": float(found["seconds"]), "code_sha256": code(run)}
     write_json(FOLDER / "index.json", index)
 
 
-def load(run: Run) -> dict[str, np.ndarray] | None:
+def load(run: Run | Classes) -> dict[str, np.ndarray] | None:
     """Return a packed run with its matrices whole again, or None if it has not been made."""
     path = FOLDER / f"{run.key}.npz"
     if not path.is_file():
@@ -138,10 +155,19 @@ def stops(run: Run, first: dict[str, np.ndarray]) -> dict[str, Any] | None:
         "three_epochs": 3 * n / (BATCH if run.method != "gd" else n),
         "end": when[-1],
     }
-    found: dict[str, Any] = {"step": when, "residual": residual, "inside": inside, "test": test, "clock": clock}
+    found: dict[str, Any] = {
+        "step": when,
+        "residual": residual,
+        "inside": inside,
+        "test": test,
+        "clock": clock,
+    }
     found |= {"eta_hat": eta_hat, "sigma": sigma, "step_size": step}
     times, matrices = kernel_path(main, first, n)
-    found |= {"trace": np.trace(matrices, axis1=1, axis2=2), "top": np.array([np.linalg.norm(m, 2) for m in matrices])}
+    found |= {
+        "trace": np.trace(matrices, axis1=1, axis2=2),
+        "top": np.array([np.linalg.norm(m, 2) for m in matrices]),
+    }
     found["kernel_step"] = np.concatenate([[0], main["kernel_step"]])
     if run.method != "adamw":
         eta = when * step
@@ -160,7 +186,10 @@ def stops(run: Run, first: dict[str, np.ndarray]) -> dict[str, Any] | None:
         trace = np.trace(average, axis1=1, axis2=2)
         at["drift_scaled"] = drift_aware_rule(times, spectra, sigma, np.sqrt(trace[0] / trace)).eta / step
         at["sure"] = stopping.sure_rule(path, sigma).eta / step
-        found |= {"averaged_gap": _averaged_gap(main, y, times, average), "commutator": commutator_bound(times, matrices)}
+        found |= {
+            "averaged_gap": _averaged_gap(main, y, times, average),
+            "commutator": commutator_bound(times, matrices),
+        }
     twin = load(Run(run.model, run.task, run.method, run.seed, "twin"))
     if twin is not None:
         b = probe(run.seed, n)
@@ -172,7 +201,10 @@ def stops(run: Run, first: dict[str, np.ndarray]) -> dict[str, Any] | None:
     excess = {}
     for rule, s in at.items():
         s = min(s, when[-1])
-        excess[rule] = (np.interp(s, when, inside) / inside.min() - 1, np.interp(s, when, test) / test.min() - 1)
+        excess[rule] = (
+            np.interp(s, when, inside) / inside.min() - 1,
+            np.interp(s, when, test) / test.min() - 1,
+        )
     held = load(Run(run.model, run.task, run.method, run.seed, "holdout"))
     if held is not None:
         stop = _patience(held, y, kept(run.seed, n))
@@ -182,8 +214,8 @@ def stops(run: Run, first: dict[str, np.ndarray]) -> dict[str, Any] | None:
     return found | {"at": at, "excess": excess, "flat": _flat(when, inside), "flat_test": _flat(when, test)}
 
 
-def classes(run: Run) -> dict[str, np.ndarray] | None:
-    """Return the paths of a logistic run and of the kernel: test log-loss and share of right answers at each look."""
+def classes(run: Classes) -> dict[str, np.ndarray] | None:
+    """Return the paths of a logistic run and of the kernel: log-losses and share of right answers at each look; λ_1 along it."""
     main = load(run)
     if main is None:
         return None
@@ -194,10 +226,16 @@ def classes(run: Run) -> dict[str, np.ndarray] | None:
     eta = main["step"] * float(main["step_size"])
     path = logistic_path(centred(kernel), y, eta, f0=real[0, :n])
     found = {"step": main["step"], "eta": eta, "eta_hat": main["eta"], "unit": main["step_size"]}
-    for name, train, test in (("real", real[:, :n], real[:, n:]), ("kernel", path.fitted, path.predict(across, real[0, n:]))):
+    for name, train, test in (
+        ("real", real[:, :n], real[:, n:]),
+        ("kernel", path.fitted, path.predict(across, real[0, n:])),
+    ):
         found[f"{name}_train_loss"] = np.array([cross_entropy(f, y) for f in train])
         found[f"{name}_loss"] = np.array([cross_entropy(f, main["reference"][n:]) for f in test])
         found[f"{name}_right"] = (np.sign(test) == main["reference"][n:]).mean(1)
+    found["kernel_step"] = np.concatenate([[0], main["kernel_step"]])
+    stack = [kernel, *main["kernels"]]
+    found["lambda_1"] = np.array([np.linalg.eigvalsh(centred(k) / n)[-1] for k in stack])
     return found
 
 
@@ -258,16 +296,23 @@ def live(seed: int = 0) -> dict[str, np.ndarray]:
     eta = run["step"] * step
     clock = np.array([residual_clock(path, float(r)) for r in residual])
     growth = np.trace(centred(run["kernels"][0].astype(float))) / np.trace(centred(kernel.block(np.arange(n)).matrix))
-    return {"eta": eta, "residual": residual, "kernel_residual": path.residual(eta), "clock": clock, "growth": np.array(growth)}
+    return {
+        "eta": eta,
+        "residual": residual,
+        "kernel_residual": path.residual(eta),
+        "clock": clock,
+        "growth": np.array(growth),
+    }
 
 
 def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Analyse the stored runs (full tier: make what is missing first); see the module docstring."""
-    from ntkft.experiments.llm_run_list import RUNS
+    from ntkft.experiments.llm_run_list import CLASSES, RUNS
 
     if tier == "full":
-        for one in RUNS:
-            pack(one)
+        for wanted in (RUNS, CLASSES):
+            for one in wanted:
+                pack(one)
     values: dict[str, Any] = {"rules": list(RULES), "delta": DELTA, "flat": FLAT, "patience": PATIENCE}
     arrays: dict[str, np.ndarray] = {}
     for model in ("minilm", "smollm2"):
@@ -275,16 +320,21 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
             chosen = [r for r in RUNS if (r.model, r.method, r.kind, r.loss) == (model, method, "main", "square")]
             found = [(r, stops(r, first)) for r in chosen if (first := load(Run(model, r.task, "sgd", r.seed))) is not None]
             _collect(f"{model}_{method}", [(r, s) for r, s in found if s is not None], values, arrays, seed)
-    topics = [c for r in RUNS if r.loss == "logistic" and (c := classes(r)) is not None]
+    topics = {r.key: c for r in CLASSES if (c := classes(r)) is not None}
     if topics:
-        arrays |= {f"classes_{key}": np.stack([c[key] for c in topics]) for key in topics[0]}
+        values["classes_runs"] = list(topics)
+        arrays |= {f"classes_{key}": np.stack([c[key] for c in topics.values()]) for key in next(iter(topics.values()))}
     if tier == "quick":
         arrays |= {f"live_{key}": value for key, value in live(seed).items()}
     return values, arrays
 
 
 def _collect(
-    name: str, runs: list[tuple[Run, dict[str, Any]]], values: dict[str, Any], arrays: dict[str, np.ndarray], seed: int
+    name: str,
+    runs: list[tuple[Run, dict[str, Any]]],
+    values: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    seed: int,
 ) -> None:
     """Put the outcomes of one model and optimiser side by side: `name`_excess (runs, rules, 2), medians with intervals, paths."""
     if not runs:
@@ -305,6 +355,15 @@ def _collect(
                 arrays[f"{name}_{key}"] = np.stack(column)
     if len(lengths) > 1:  # gradient descent runs to a multiple of its own predicted stop: paths on a common scale
         share = np.linspace(0, 1, 25)
-        for key in ("residual", "inside", "test", "kernel_residual", "kernel_inside", "kernel_test", "clock", "eta"):
+        for key in (
+            "residual",
+            "inside",
+            "test",
+            "kernel_residual",
+            "kernel_inside",
+            "kernel_test",
+            "clock",
+            "eta",
+        ):
             rows = [np.interp(share, s["step"] / s["step"][-1], s[key]) for _, s in runs if key in s]
             arrays |= {f"{name}_{key}": np.array(rows), f"{name}_share": share}

@@ -1,0 +1,145 @@
+"""The analysis of the task runs in a world where it must come out exactly: scores that are linear in the vectors."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+import ntkft
+from ntkft.arithmetic import TaskVectors
+from ntkft.experiments import many_tasks, task_run_list, task_runs, task_vectors
+from ntkft.experiments.task_runs import KINDS, LINE, SCALES
+from ntkft.experiments.task_vectors import FamilyRuns, predicted
+from ntkft.multitask import Joint
+from tests import tiny
+from tests.test_task_runs import NAMES, TEST, N, Small
+
+
+@pytest.fixture(scope="module")
+def runs():
+    patch = pytest.MonkeyPatch()
+    setting = task_runs.Setting(NAMES, N, TEST, 0.1, True, (("amazon", "movies"), ("nyt", "tweets")), (-1.0, 0.0, 1.0))
+    patch.setitem(task_runs.SETTINGS, "minilm", setting)
+    family = Small("minilm", 3)
+    rng = np.random.default_rng(0)
+    size = len(family.texts)
+    features = rng.standard_normal((size, 2 * size)) * np.arange(1, 2 * size + 1) ** -0.5
+    data = {
+        "start/kernel": features @ features.T,
+        "start/scores": rng.standard_normal(size),
+        "start/eta": np.full(len(family.labels), 2.0),
+    }
+    closed = {kind: predicted(family, data, kind) for kind in KINDS}
+    for kind, vectors in closed.items():
+        data |= simulated(family, vectors, data["start/scores"], kind)
+    four = TaskVectors(data["start/kernel"], closed["early"].tunings[:4], data["start/scores"])
+    data["joint-4/scores"] = data["start/scores"] + np.stack([Joint(four).move(2.0)] * 2)
+    yield FamilyRuns(family, data, closed)
+    patch.undo()
+
+
+def simulated(family, vectors, start, kind):
+    """What `task_runs` would have measured if scores were linear."""
+    labels = family.labels.index
+
+    def at(parts, rows=slice(None)):
+        return (start + sum(c * vectors.moves[labels(name)] for name, c in parts.items()))[rows]
+
+    names = family.setting.tasks
+    two = list(itertools.combinations(names, 2))
+    both = [np.concatenate([family.rows(a), family.rows(b)]) for a, b in two]
+    held = [np.concatenate([family.rows(a)[N:], family.rows(b)[N:]]) for a, b in family.setting.pairs]
+    grid = family.setting.plane
+    line = []
+    for k, name in enumerate(names):
+        rows = np.concatenate([family.rows(name), family.rows(names[(k + 1) % len(names)])])
+        line.append([at({name: c}, rows) for c in LINE])
+    found = {
+        "single": [at({name: 1.0}) for name in family.labels],
+        "sum": [[at(dict.fromkeys(NAMES, c)) for c in SCALES]],
+        "merge": [[at(dict.fromkeys(NAMES, c)) for c in SCALES]] * 2,
+        "pairs": [at({a: 1.0, b: 1.0}, rows) for (a, b), rows in zip(two, both, strict=True)],
+        "line": line,
+        "plane": [
+            [[at({a: one, b: other}, rows) for other in grid] for one in grid]
+            for (a, b), rows in zip(family.setting.pairs, held, strict=True)
+        ],
+        "analogy": [
+            at({s: 1.0, f"length-{s}": -1.0, f"length-{d}": 1.0}, family.rows(d)) for s, d in itertools.permutations(NAMES, 2)
+        ],
+    }
+    out = {f"{what}-{kind}/scores": np.array(values) for what, values in found.items()}
+    return out | {f"single-{kind}/gram": vectors.gram()[:4, :4]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_told_is_found(runs, kind):
+    single = task_vectors.singles(runs, kind)
+    np.testing.assert_allclose(single[..., 0], 1, atol=1e-9)
+    np.testing.assert_allclose(single[..., 1], 0, atol=1e-9)
+    sums = task_vectors.sums(runs, kind)
+    assert sums.shape == (1, len(SCALES), 4, 2, 2)
+    np.testing.assert_allclose(sums[..., 1], 0, atol=1e-9)
+    told, found = task_vectors.lines(runs, kind)["losses"]
+    np.testing.assert_allclose(found, told, rtol=1e-9)
+    assert told.shape == (4, 3, len(LINE) + 1) and (told[..., np.searchsorted(LINE, 0)] == 1).all()
+    pairs = task_vectors.analogies(runs, kind)
+    np.testing.assert_allclose(pairs[:, 0], pairs[:, 1], rtol=1e-9)
+    own = [float(runs.vectors[kind].loss(k, runs.vectors[kind].moves[k], True)) for k in range(4)]
+    zero = [float(runs.vectors[kind].loss(k, np.zeros(len(runs.family.texts)), True)) for k in range(4)]
+    targets = [d for _, d in itertools.permutations(range(4), 2)]
+    np.testing.assert_allclose(pairs[:, 3], [own[d] / zero[d] for d in targets], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_planes_and_pairs(runs, kind):
+    told, found = many_tasks.planes(runs, kind)
+    np.testing.assert_allclose(found, told, rtol=1e-9, atol=1e-12)
+    assert found[0, 1, 1] == pytest.approx(0) and (found[0, 2, 1] > 0).all()
+    pairs = many_tasks.pair_losses(runs, kind)
+    assert len(pairs["told"]) == 12
+    np.testing.assert_allclose(pairs["found"], pairs["told"], atol=1e-9)
+    vectors = runs.vectors[kind]
+    a, b = int(pairs["own"][1]), int(pairs["other"][1])
+    assert (a, b) == (1, 0)
+    cost = vectors.loss(a, vectors.moves[a] + vectors.moves[b], True) - vectors.loss(a, vectors.moves[a], True)
+    assert pairs["told"][1] == pytest.approx(float(cost / vectors.loss(a, 0 * vectors.moves[a], True)))
+
+
+def test_joint_training_and_sums(runs):
+    found = many_tasks.joint_training(runs)
+    np.testing.assert_allclose(found["joint"], found["joint_told"], rtol=1e-9)
+    np.testing.assert_allclose(
+        many_tasks.linear_losses(runs, "early"), many_tasks.losses(runs, runs.moved("sum-early"), "early")[0], rtol=1e-9
+    )
+
+
+def test_rank_correlation_of_one_order_is_one_and_its_interval_holds_the_truth():
+    rng = np.random.default_rng(0)
+    told = rng.standard_normal((3, 30))
+    assert many_tasks.rank_correlation(told, told**3)[0] == pytest.approx(1)
+    value, low, high = many_tasks.rank_correlation(told, told + rng.standard_normal((3, 30)), draws=300)
+    assert low < value < high and 0.3 < value < 0.9
+
+
+def test_tangent_vectors_do_in_the_linearised_model_what_the_kernel_says():
+    readout = ntkft.pooled_readout(tiny.bert())
+    texts = [f"{text} {k}" for k, text in enumerate(tiny.TEXTS)]
+    y = np.random.default_rng(0).standard_normal(len(texts))
+    found = task_vectors.tangent_check(readout, texts, y, 4, (0.5, 2.0))
+    assert found["error"].max() < 1e-4
+    assert np.abs(found["found"]).max() > 1e-3
+
+
+def test_families_are_packed_and_read_back(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(task_run_list, "FOLDER", tmp_path)
+    assert task_run_list.load(runs.family) is None
+    size = len(runs.family.texts)
+    data = runs.data | {"start/kernel": runs.data["start/kernel"][np.triu_indices(size)]}
+    np.savez_compressed(tmp_path / f"{runs.family.key}.npz", **{k.replace("/", "/"): v for k, v in data.items()})
+    again = FamilyRuns.load(runs.family)
+    assert again is not None
+    np.testing.assert_allclose(again.data["start/kernel"], runs.data["start/kernel"])
+    np.testing.assert_allclose(again.vectors["over"].moves, runs.vectors["over"].moves)
