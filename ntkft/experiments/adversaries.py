@@ -53,8 +53,8 @@ def planted(draws: int, seed: int = 0) -> dict[str, np.ndarray]:
         rows: list[list[float]] = [[], [], []]
         for time in eta:
             sight = blindness(lam, time, SIGMA, n=len(lam))
-            noise = rng.standard_normal((draws, len(lam))) * SIGMA / np.sqrt(len(lam))
-            noise[:, rank - 1] += np.sqrt(leak)
+            noise = rng.standard_normal((draws, len(lam)))  # in units of σ/√n, as the threshold is in units of σ²/n
+            noise[:, rank - 1] += np.sqrt(SNR)
             rows[0].append(float((noise**2 @ sight.shares > sight.threshold).mean()))
             rows[1].append(float(sight.power_curve(rank - 1, leak)[0]))
             rows[2].append(float(sight.shares[rank - 1]))

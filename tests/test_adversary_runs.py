@@ -1,0 +1,65 @@
+"""Encoders that forget, on little data: what a run keeps, and that the penalties push where they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ntkft.experiments import adversaries, adversary_runs
+from ntkft.experiments.adversary_runs import PENALTIES, Forget
+from ntkft.tabular import COLUMNS, load_adult
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(adversary_runs, "TOY_STEPS", 60)
+    monkeypatch.setattr(adversary_runs, "TOY_EVERY", 20)
+    monkeypatch.setattr(adversary_runs, "TOY_BATCH", 512)
+    monkeypatch.setattr(adversary_runs, "RATE", 1e-2)
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_toy_starts_at_its_information_and_the_penalties_lower_it(short, kind):
+    found = adversary_runs._toy(Forget("toy", kind, 20.0 if kind != "club" else 0.05, 0))
+    assert found["information"][0] == pytest.approx(0.5 * np.log(1 + 1 / adversary_runs.TOY_NOISE), rel=1e-6)
+    assert found["step"].tolist() == [0, 20, 40, 60] and len(found["spent"]) == 4
+    last = found["information"][-1]
+    assert last < 0.7 if kind in ("slice", "renyi") else last > 0.7  # CLUB with this weight is slow
+
+
+def test_one_seed_is_one_run(short):
+    one, two = (adversary_runs._toy(Forget("toy", "renyi", 5.0, 3)) for _ in range(2))
+    assert np.array_equal(one["information"], two["information"])
+    other = adversary_runs._toy(Forget("toy", "renyi", 5.0, 4))
+    assert not np.array_equal(one["information"], other["information"])
+
+
+def test_planted_leaks_are_found_as_often_as_predicted():
+    found = adversaries.planted(2000, seed=1)
+    error = np.sqrt(found["predicted"] * (1 - found["predicted"]) / 2000)
+    assert (np.abs(found["detected"] - found["predicted"]) < 4 * np.maximum(error, 2e-3)).all()
+    assert (np.diff(found["passed"], axis=1) >= 0).all()  # the share that a filter passes only grows
+
+
+def test_a_network_adversary_hears_a_low_frequency_first(monkeypatch):
+    monkeypatch.setattr(adversaries, "NETWORK_STEPS", (0, 60))
+    low, high = (adversaries.network_adversary(f, seed=0, n=600)["reports"][-1] for f in (0.5, 4.0))
+    assert low > 0.5 > high
+
+
+def test_the_runs_are_each_named_once():
+    keys = [run.key for run in adversaries.RUNS]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.slow
+def test_the_census_table():
+    people = load_adult()
+    assert people.x.shape[0] == 48842 and people.train == 32561
+    assert not any(name.startswith(("sex", "income", "fnlwgt")) for name in people.names) and len(COLUMNS) == 15
+    assert people.y.mean() == pytest.approx(0.2393, abs=1e-3) and people.t.mean() == pytest.approx(0.3315, abs=1e-3)
+    assert torch.isfinite(torch.tensor(people.x)).all()
+    numbers = people.x[: people.train, [people.names.index("age"), people.names.index("hours-per-week")]]
+    np.testing.assert_allclose(numbers.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(numbers.std(0), 1, atol=1e-3)
