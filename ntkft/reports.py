@@ -291,16 +291,16 @@ def _measured(
             return readout.scores(texts) - start
 
     size = len(vectors)
-    alone = np.array([moved(vector) for vector in vectors])
+    alone = shares(np.array([moved(vector) for vector in vectors]))
     cost = np.zeros((size, size))
     for a in range(size):
         for b in range(a + 1, size):
             both = shares(moved(vectors[a] + vectors[b]))
-            cost[a, b], cost[b, a] = both[a] - shares(alone)[a], both[b] - shares(alone)[b]
+            cost[a, b], cost[b, a] = both[a] - alone[a], both[b] - alone[b]
     total = sum(vectors[1:], vectors[0])
     norms = np.array([[a.cosine(b) for b in vectors] for a in vectors])
     sums = {c: shares(moved(total, c)) for c in SCALES}
-    return {"interference": cost, "alone": shares(alone), "sums": sums, "cosines": norms}
+    return {"interference": cost, "alone": alone, "sums": sums, "cosines": norms}
 
 
 def _matrix(names: Sequence[str], values: np.ndarray, width: int) -> list[str]:

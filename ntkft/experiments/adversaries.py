@@ -48,11 +48,11 @@ def planted(draws: int, seed: int = 0) -> dict[str, np.ndarray]:
     found: list[list[float]] = []
     told: list[list[float]] = []
     passed: list[list[float]] = []
+    leak = SNR * SIGMA**2 / len(lam)
+    sights = [blindness(lam, time, SIGMA, n=len(lam)) for time in eta]
     for rank in RANKS:
-        leak = SNR * SIGMA**2 / len(lam)
         rows: list[list[float]] = [[], [], []]
-        for time in eta:
-            sight = blindness(lam, time, SIGMA, n=len(lam))
+        for sight in sights:
             noise = rng.standard_normal((draws, len(lam)))  # in units of σ/√n, as the threshold is in units of σ²/n
             noise[:, rank - 1] += np.sqrt(SNR)
             rows[0].append(float((noise**2 @ sight.shares > sight.threshold).mean()))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from ntkft.arithmetic import TaskVectors
 from ntkft.experiments.task_runs import KINDS, MERGES, SCALES
 from ntkft.experiments.task_vectors import FamilyRuns
 from ntkft.interference import cross_talk_sizes, disentanglement, interference, overlap
@@ -83,10 +84,8 @@ def rank_correlation(told: np.ndarray, found: np.ndarray, seed: int = 0, draws: 
 
 
 def joint_training(runs: FamilyRuns) -> dict[str, np.ndarray]:
-    """Return held-out losses after joint training of the domains, measured and told: (4,) each, and the measured sums' best."""
+    """Return held-out losses after joint training of the domains, measured and told: (4,) each."""
     domains = runs.vectors["early"]
-    from ntkft.arithmetic import TaskVectors
-
     four = TaskVectors(domains.matrix, domains.tunings[:4], domains.scores)
     real = losses(runs, runs.moved("joint-4"), "early")[0, :4]
     eta = float(np.mean([t.eta for t in four.tunings]))

@@ -191,16 +191,22 @@ def _file(family: Family, label: str, kind: str) -> Path:
 
 
 def _tangent(family: Family, label: str) -> TaskVector:
-    """Return Φᵀα by one backward pass over the training texts."""
-    about, readout, n = start(family), _readout(family), family.setting.n
-    alpha = torch.tensor(about["alpha"][family.labels.index(label)], dtype=torch.float32)
-    texts = [family.texts[i] for i in family.rows(label)[:n]]
+    alpha = start(family)["alpha"][family.labels.index(label)]
+    texts = [family.texts[i] for i in family.rows(label)[: family.setting.n]]
+    vector = expansion(_readout(family), texts, alpha)
+    vector.info |= {"family": family.key, "label": label, "kind": "tangent"}
+    return vector
+
+
+def expansion(readout: Readout, texts: list[str], alpha: np.ndarray) -> TaskVector:
+    """Return Φᵀα, the task vector of the linearised model, by one backward pass over the texts in parts."""
+    weights = torch.tensor(alpha, dtype=torch.float32)
     readout.module.zero_grad(set_to_none=True)
-    for part in range(0, n, BATCH):
-        (readout(texts[part : part + BATCH]) * alpha[part : part + BATCH]).sum().backward()
+    for part in range(0, len(texts), BATCH):
+        (readout(texts[part : part + BATCH]) * weights[part : part + BATCH]).sum().backward()
     moved = {name: p.grad.detach().clone() for name, p in readout.parameters().items() if p.grad is not None}
     readout.module.zero_grad(set_to_none=True)
-    return TaskVector.from_tensors(moved, info={"family": family.key, "label": label, "kind": "tangent"})
+    return TaskVector.from_tensors(moved)
 
 
 def training(family: Family, label: str) -> dict[str, np.ndarray]:

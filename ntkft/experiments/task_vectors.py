@@ -7,6 +7,7 @@ before it trained. Comparing the two is done here, so the quick tier repeats the
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,11 @@ import numpy as np
 import ntkft
 from ntkft.arithmetic import FineTuning, TaskVectors
 from ntkft.descent import descend
+from ntkft.experiments.llm_kernels import DOMAINS
 from ntkft.experiments.result import resumable
-from ntkft.experiments.task_runs import KINDS, LINE, OVER, SCALES, Family
+from ntkft.experiments.task_runs import KINDS, LINE, OVER, SCALES, Family, expansion
 from ntkft.readout import Readout
 from ntkft.tangent import linearise
-from ntkft.task_vectors import TaskVector
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,6 @@ def analogies(runs: FamilyRuns, kind: str) -> np.ndarray:
     For each ordered pair of domains: (pairs, 4), by analogy as measured and as told, with the source's rating vector alone, and
     with d's own rating vector.
     """
-    import itertools
-
-    from ntkft.experiments.llm_kernels import DOMAINS
-
     vectors, family, label = runs.vectors[kind], runs.family, runs.family.labels.index
     alone, out = runs.moved(f"single-{kind}"), []
     for k, (s, d) in enumerate(itertools.permutations(DOMAINS, 2)):
@@ -171,17 +168,6 @@ def tangent_check(readout: Readout, texts: list[str], y: np.ndarray, n: int, sca
             found.append(line.scores(texts) - kernel.scores)
     one, two = np.array(told), np.array(found)
     return {"told": one, "found": two, "error": np.linalg.norm(one - two, axis=1) / np.linalg.norm(two, axis=1)}
-
-
-def expansion(readout: Readout, texts: list[str], alpha: np.ndarray) -> TaskVector:
-    """Return Φᵀα, the task vector of the linearised model, by one backward pass."""
-    import torch
-
-    readout.module.zero_grad(set_to_none=True)
-    (readout(texts) * torch.tensor(alpha, dtype=torch.float32)).sum().backward()
-    moved = {name: p.grad.detach().clone() for name, p in readout.parameters().items() if p.grad is not None}
-    readout.module.zero_grad(set_to_none=True)
-    return TaskVector.from_tensors(moved)
 
 
 def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
