@@ -1,13 +1,14 @@
 r"""Encoders that learn to forget: a Gaussian toy, the census table, MiniLM. One run is one penalty, one weight β and one seed.
 
+An adversary takes `inner` steps of its own for each step of the encoder: the fewer, the earlier it stops.
 Each run ends with its representation of held-out samples, so that whoever reads it can audit it; nothing that was trained
 against is asked again. Encoders, heads and adversaries are trained by Adam with its defaults, learning rate 0.001, as in Chen
 et al. 2022; the weights of MiniLM's body at a smaller rate, since 0.001 would undo its pretraining.
 
 Example
 -------
->>> Forget("toy", "slice", 20.0, 0).key
-'toy-slice-20.0-0'
+>>> Forget("toy", "renyi", 20.0, seed=0, inner=5).key
+'toy-renyi-20-x5-0'
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from ntkft.infomin.adversaries import network
 from ntkft.tabular import load_adult
 
 PENALTIES = ("none", "slice", "renyi", "club")
-ADVERSARY_STEPS = 1  # of Adam, for each step of the encoder
 RATE, BODY_RATE = 1e-3, 5e-5
 
 # --- Toy: X ~ N(0, I), T = X_1 + noise, the task wants 0.7 X_1 + 0.714 X_2
@@ -48,11 +48,12 @@ class Forget:
     penalty: str
     beta: float
     seed: int
+    inner: int = 1
 
     @property
     def key(self) -> str:
         """Name of the stored part."""
-        return f"{self.data}-{self.penalty}-{self.beta}-{self.seed}"
+        return f"{self.data}-{self.penalty}-{self.beta:g}-x{self.inner}-{self.seed}"
 
 
 def outcome(run: Forget) -> dict[str, np.ndarray]:
@@ -70,15 +71,15 @@ def penalty(run: Forget, width: int, attributes: int) -> nn.Module | None:
     return kind(width, attributes, seed=run.seed)
 
 
-def train_step(task: Tensor, z: Tensor, t: Tensor, against: nn.Module | None, beta: float, adam: torch.optim.Adam) -> None:
+def train_step(run: Forget, task: Tensor, z: Tensor, t: Tensor, against: nn.Module | None, adam: torch.optim.Adam) -> None:
     """Train the adversary on this batch, if there is one, and take one step of the encoder on task + β·penalty."""
     loss = task
     if against is not None:
         if isinstance(against, MaximalCorrelation | Club):
-            against.step(z, t, ADVERSARY_STEPS)
+            against.step(z, t, run.inner)
         value = against(z, t)
         # A correlation is a penalty in absolute value; CLUB's bound is one only where it is positive.
-        loss = task + beta * (value.abs() if isinstance(against, MaximalCorrelation) else value)
+        loss = task + run.beta * (value.abs() if isinstance(against, MaximalCorrelation) else value)
     adam.zero_grad()
     loss.backward()
     adam.step()
@@ -118,7 +119,7 @@ def _toy(run: Forget) -> dict[str, np.ndarray]:
             information.append(float(gaussian_information(both @ covariance @ both.T, TOY_WIDTH)))
             losses.append(task.item())
             seconds.append(spent)
-        train_step(task, z, t, against, run.beta, adam)
+        train_step(run, task, z, t, against, adam)
         spent += time.perf_counter() - began
     return {"step": np.array(steps), "information": np.array(information), "task": np.array(losses), "spent": np.array(seconds)}
 
@@ -136,7 +137,7 @@ def _adult(run: Forget) -> dict[str, np.ndarray]:
         for part in torch.randperm(people.train, generator=generator).split(ADULT_BATCH)[:-1]:
             z = encoder(x[part])
             task = nn.functional.binary_cross_entropy_with_logits(head(z)[:, 0], y[part])
-            train_step(task, z, t[part], against, run.beta, adam)
+            train_step(run, task, z, t[part], against, adam)
         looks.append(task.item())
     spent = time.perf_counter() - began
     with torch.no_grad():
@@ -198,7 +199,7 @@ def _minilm(run: Forget) -> dict[str, np.ndarray]:
         for part in np.split(order, len(order) // TEXT_BATCH):
             z = represent(part)
             task = ((head(z)[:, 0] - torch.tensor(y[part], dtype=torch.float32)) ** 2).mean()
-            train_step(task, z, target[part], against, run.beta, adam)
+            train_step(run, task, z, target[part], against, adam)
         losses.append(task.item())
     spent = time.perf_counter() - began
     with torch.no_grad():

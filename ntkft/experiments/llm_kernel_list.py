@@ -15,7 +15,7 @@ KERNELS = [
     *(Wanted("minilm", "pretrained", task, 1024) for task in DOMAINS),
     Wanted("minilm", "pretrained", "newsgroups", 1024),
     *(Wanted("minilm", "random", task, 512) for task in DOMAINS),
-    *(Wanted("smollm2", "pretrained", task, 512) for task in ("amazon", "tweets", "movies", "nyt")),
+    *(Wanted("smollm2", "pretrained", task, 1024) for task in ("amazon", "tweets", "movies", "nyt")),
     Wanted("minilm", "pretrained", "reuters", 512),
     *(Wanted("minilm", "pretrained", task, 512, head) for head in (1, 2) for task in DOMAINS),
     *(Wanted("minilm", "random", task, 256) for task in TOPICS),

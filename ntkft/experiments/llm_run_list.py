@@ -14,7 +14,7 @@ from ntkft.experiments.llm_runs import Run
 Method = Literal["gd", "sgd", "adamw"]
 Kind = Literal["main", "twin", "holdout"]
 
-SEEDS = (0, 1, 2, 3)
+SEEDS = (0, 1, 2, 3, 4)
 ALL: tuple[tuple[Method, Kind], ...] = (
     ("sgd", "main"),
     ("sgd", "twin"),

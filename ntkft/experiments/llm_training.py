@@ -26,12 +26,11 @@ from ntkft.monitor import (
     commutator_bound,
     drift_aware_rule,
     residual_clock,
-    twin_degrees_of_freedom,
-    twin_risk,
 )
 from ntkft.ntk.kernel import centred
 from ntkft.provenance import code_hash
 from ntkft.spectrum import Spectrum
+from ntkft.twin_rule import twin_stop
 
 FOLDER = RESULTS / "llm_training" / "runs"
 DOMAINS = ("amazon", "movies", "nyt", "tweets")
@@ -193,11 +192,11 @@ def stops(run: Run, first: dict[str, np.ndarray]) -> dict[str, Any] | None:
     twin = load(Run(run.model, run.task, run.method, run.seed, "twin"))
     if twin is not None:
         b = probe(run.seed, n)
-        free = twin_degrees_of_freedom(fitted(main, y)[:, :n], fitted(twin, y + DELTA * b)[:, :n], b, DELTA)
-        found |= {"freedom": free, "twin_risk": twin_risk(residual, free, sigma, n)}
+        twin_at = twin_stop(fitted(main, y)[:, :n], fitted(twin, y + DELTA * b)[:, :n], y, b, DELTA, sigma)
+        found |= {"freedom": twin_at.degrees_of_freedom, "twin_risk": twin_at.risk}
         if run.method != "adamw":
             found["kernel_freedom"] = path.degrees_of_freedom(when * step)
-        at["twin"] = float(when[int(np.argmin(found["twin_risk"]))])
+        at["twin"] = float(when[twin_at.best])
     excess = {}
     for rule, s in at.items():
         s = min(s, when[-1])

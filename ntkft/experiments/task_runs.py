@@ -31,6 +31,7 @@ import torch
 
 import ntkft
 from ntkft import stopping
+from ntkft.advice_path import guarded_gcv
 from ntkft.assets import home
 from ntkft.descent import descend
 from ntkft.experiments.llm_kernels import DOMAINS, TOPICS
@@ -140,7 +141,8 @@ class Family:
 def start(family: Family) -> dict[str, np.ndarray]:
     """Return the kernel before training and what it says: for each label λ_1, the level of the stop, its kernel time, α.
 
-    The level is σ² where σ is known, else the training error at the time of generalised cross-validation.
+    The level is σ² where σ is known, else the training error at the time of generalised cross-validation, taken among the times
+    that spend at most half of the degrees of freedom.
     """
     return resumable(__name__, f"{family.key}-start", lambda: _start(family))
 
@@ -154,7 +156,7 @@ def _start(family: Family) -> dict[str, np.ndarray]:
         path = descend(kernel.block(rows), family.values(label)[0][:n], intercept=True)
         sigma = family.sigma(label)
         if np.isnan(sigma):
-            stop = stopping.gcv_rule(path)
+            stop = guarded_gcv(path)  # topics: the kernel can fit them to the end, where the plain rule is 0/0
             level.append(float(path.residual(stop.eta)))
         else:
             stop = stopping.discrepancy_rule(path, sigma)
