@@ -31,6 +31,7 @@ CHAPTERS = (
     "llm_spectra",
     "llm_stopping",
     "llm_training",
+    "adversaries",
 )
 TIERS = ("quick", "full")
 
