@@ -16,6 +16,7 @@ from ntkft.checks import (
     Claim,
     Verdict,
     adversaries,
+    adversaries_measured,
     attention_ntk,
     few_epochs,
     kernel_descent,
@@ -46,6 +47,7 @@ LEDGER = (
     *task_vectors.CLAIMS,
     *many_tasks.CLAIMS,
     *adversaries.CLAIMS,
+    *adversaries_measured.CLAIMS,
     *kernel_engine.CLAIMS,
 )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import ntkft
-from ntkft.arithmetic import TaskVectors
+from ntkft.arithmetic import FineTuning, TaskVectors
 from ntkft.experiments import many_tasks, task_run_list, task_runs, task_vectors
 from ntkft.experiments.task_runs import KINDS, LINE, SCALES
 from ntkft.experiments.task_vectors import FamilyRuns, predicted
@@ -114,6 +115,26 @@ def test_joint_training_and_sums(runs):
     np.testing.assert_allclose(
         many_tasks.linear_losses(runs, "early"), many_tasks.losses(runs, runs.moved("sum-early"), "early")[0], rtol=1e-9
     )
+
+
+def test_the_constant_and_the_accuracy_are_those_of_their_definitions(runs):
+    vectors, start = runs.vectors["early"], runs.data["start/scores"]
+    found = many_tasks.constant_losses(runs)
+    a = 2
+    reference = np.asarray(vectors.tunings[a].reference)
+    rows = vectors.held_out[a]
+    offset = (np.asarray(vectors.tunings[a].y) - start[vectors.rows[a]]).mean()
+    before = ((reference - start[rows] - offset) ** 2).mean()
+    assert found[a] == pytest.approx(reference.var() / before)
+    assert np.isnan(many_tasks.accuracies(runs, np.zeros((2, len(start))), "early")).all()  # ratings have no right side
+
+
+def test_accuracy_counts_the_texts_on_the_right_side():
+    tuning = FineTuning([0, 1], [1.0, -1.0], 1.0, None, True, [2, 3, 4, 5], [1.0, 1.0, -1.0, -1.0])
+    vectors = TaskVectors(np.eye(6), [tuning])
+    world = SimpleNamespace(vectors={"early": vectors}, family=SimpleNamespace(setting=SimpleNamespace(tasks=("one",))))
+    moves = np.array([[1.0, -1.0, 2, 2, -2, 2], [1.0, -1.0, 2, 2, -2, -2], [9.0, 7.0, 9, 7, 9, 7]])
+    assert many_tasks.accuracies(world, moves, "early")[:, 0].tolist() == [0.75, 1.0, 0.5]
 
 
 def test_rank_correlation_of_one_order_is_one_and_its_interval_holds_the_truth():

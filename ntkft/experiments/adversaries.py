@@ -17,7 +17,7 @@ from ntkft.infomin.adversaries import MaximalCorrelation
 
 KERNEL, TEXTS = "minilm-tweets-0", 256
 RANKS, STEPS, SIGMA, SNR = (1, 5, 20, 80), (1, 3, 10, 30, 100, 300, 1000), 1.0, 20.0
-DRAWS = {"quick": 200, "full": 2000}
+DRAWS = {"quick": 100, "full": 2000}
 NETWORK_STEPS = {"quick": (0, 20, 100, 400), "full": (0, 20, 50, 100, 200, 400, 800, 1600, 3200)}
 FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 

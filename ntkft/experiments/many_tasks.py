@@ -43,6 +43,25 @@ def losses(runs: FamilyRuns, move: np.ndarray, kind: str) -> np.ndarray:
     return np.stack([vectors.loss(a, move, held_out=True) / start[a] for a in tasks], axis=-1)
 
 
+def constant_losses(runs: FamilyRuns) -> np.ndarray:
+    """Return each task's held-out loss if its mean were told for every text, in shares of that before training: (tasks,)."""
+    vectors = runs.vectors["early"]
+    tasks = range(len(runs.family.setting.tasks))
+    start = [float(vectors.loss(a, np.zeros(len(runs.family.texts)), held_out=True)) for a in tasks]
+    return np.array([np.var(np.asarray(vectors.tunings[a].reference)) / 2 / start[a] for a in tasks])
+
+
+def accuracies(runs: FamilyRuns, move: np.ndarray, kind: str) -> np.ndarray:
+    """Return the share of held-out texts on the right side of zero: (..., tasks), not a number for ratings."""
+    vectors, out = runs.vectors[kind], []
+    for a in range(len(runs.family.setting.tasks)):
+        rows, truth = vectors.held_out[a], np.asarray(vectors.tunings[a].reference)
+        two = set(np.unique(truth)) == {-1.0, 1.0}
+        right = np.sign(vectors.after(move, rows, a)) == truth
+        out.append(right.mean(-1) if two else np.full(move.shape[:-1], np.nan))
+    return np.stack(out, axis=-1)
+
+
 def linear_losses(runs: FamilyRuns, kind: str) -> np.ndarray:
     """Return what the kernel says of the domains' sums: (scales, tasks); for tangent vectors, what the linearised model does."""
     domains = np.arange(len(runs.vectors[kind])) < 4
@@ -116,7 +135,12 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
         def each(what: Any, runs: list[FamilyRuns] = chosen) -> np.ndarray:
             return np.array([[what(r, kind) for kind in KINDS] for r in runs])
 
-        arrays[f"{model}_alone"] = each(lambda r, k: losses(r, r.moved(f"single-{k}"), k))[:, :, :tasks]
+        arrays[f"{model}_constant"] = np.array([constant_losses(r) for r in chosen])
+        arrays[f"{model}_right"] = each(lambda r, k: accuracies(r, r.moved(f"sum-{k}"), k))
+        arrays[f"{model}_right_alone"] = each(
+            lambda r, k: np.diagonal(accuracies(r, r.moved(f"single-{k}")[:tasks], k))
+        )
+        arrays[f"{model}_alone"] = each(lambda r, k: np.diagonal(losses(r, r.moved(f"single-{k}")[:tasks], k)))
         arrays[f"{model}_sum"] = each(lambda r, k: losses(r, r.moved(f"sum-{k}"), k))
         arrays[f"{model}_merge"] = each(lambda r, k: losses(r, r.moved(f"merge-{k}"), k))
         arrays[f"{model}_linear"] = each(linear_losses)
