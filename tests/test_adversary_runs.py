@@ -21,17 +21,18 @@ def short(monkeypatch):
 
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_toy_starts_at_its_information_and_the_penalties_lower_it(short, kind):
-    found = adversary_runs._toy(Forget("toy", kind, 20.0 if kind != "club" else 0.05, 0))
+    found = adversary_runs.toy(Forget("toy", kind, 20.0 if kind != "club" else 0.05, 0))
     assert found["information"][0] == pytest.approx(0.5 * np.log(1 + 1 / adversary_runs.TOY_NOISE), rel=1e-6)
-    assert found["step"].tolist() == [0, 20, 40, 60] and len(found["spent"]) == 4
-    last = found["information"][-1]
-    assert last < 0.7 if kind in ("slice", "renyi") else last > 0.7  # CLUB with this weight is slow
+    last = 60 if kind == "slice" else 120  # an adversary's step is cheaper
+    assert found["step"].tolist() == list(range(0, last + 1, 20)) and (np.diff(found["spent"]) > 0).all()
+    left = found["information"][-1]
+    assert left < 0.7 if kind in ("slice", "renyi") else left > 0.7  # CLUB with this weight is slow
 
 
 def test_one_seed_is_one_run(short):
-    one, two = (adversary_runs._toy(Forget("toy", "renyi", 5.0, 3)) for _ in range(2))
+    one, two = (adversary_runs.toy(Forget("toy", "renyi", 5.0, 3)) for _ in range(2))
     assert np.array_equal(one["information"], two["information"])
-    other = adversary_runs._toy(Forget("toy", "renyi", 5.0, 4))
+    other = adversary_runs.toy(Forget("toy", "renyi", 5.0, 4))
     assert not np.array_equal(one["information"], other["information"])
 
 
@@ -47,6 +48,18 @@ def test_planted_leaks_are_found_as_often_as_predicted(monkeypatch):
 def test_a_network_adversary_hears_a_low_frequency_first():
     low, high = (adversaries.network_adversary(f, 0, (0, 60), n=600)["reports"][-1] for f in (0.5, 4.0))
     assert low > 0.5 > high
+
+
+def test_the_cost_of_a_step_is_measured_for_each_penalty_and_more_adversary_costs_more(short):
+    costs = forgetting.step_costs(rounds=2, steps=20)
+    assert set(costs) == {"slice x1", "renyi x1", "renyi x5", "club x1", "club x5"}
+    assert costs["renyi x5"] > costs["renyi x1"] > 0
+
+
+def test_runs_of_different_lengths_are_padded_with_nothing():
+    both = forgetting.padded([[np.array([1.0, 2.0]), np.array([3.0])]])
+    assert both.shape == (1, 2, 2) and both[0, 0].tolist() == [1, 2] and np.isnan(both[0, 1, 1]) and both[0, 1, 0] == 3
+    assert forgetting.padded([[np.array(1.0)], [np.array(2.0)]]).tolist() == [[1.0], [2.0]]
 
 
 def test_the_runs_are_each_named_once():

@@ -128,7 +128,6 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
         first = chosen[0]
         values |= {f"{model}_labels": list(first.family.labels), f"{model}_families": len(chosen)}
         values[f"{model}_pairs"] = [list(pair) for pair in first.family.setting.pairs]
-        tasks = len(first.family.setting.tasks)
         arrays[f"{model}_plane"] = np.array([planes(first, kind) for kind in KINDS])
         arrays[f"{model}_grid"] = np.array(first.family.setting.plane)
 
@@ -137,10 +136,8 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
 
         arrays[f"{model}_constant"] = np.array([constant_losses(r) for r in chosen])
         arrays[f"{model}_right"] = each(lambda r, k: accuracies(r, r.moved(f"sum-{k}"), k))
-        arrays[f"{model}_right_alone"] = each(
-            lambda r, k: np.diagonal(accuracies(r, r.moved(f"single-{k}")[:tasks], k))
-        )
-        arrays[f"{model}_alone"] = each(lambda r, k: np.diagonal(losses(r, r.moved(f"single-{k}")[:tasks], k)))
+        arrays[f"{model}_right_alone"] = each(lambda r, k: np.diagonal(accuracies(r, r.moved(f"single-{k}"), k)))
+        arrays[f"{model}_alone"] = each(lambda r, k: np.diagonal(losses(r, r.moved(f"single-{k}"), k)))
         arrays[f"{model}_sum"] = each(lambda r, k: losses(r, r.moved(f"sum-{k}"), k))
         arrays[f"{model}_merge"] = each(lambda r, k: losses(r, r.moved(f"merge-{k}"), k))
         arrays[f"{model}_linear"] = each(linear_losses)
