@@ -282,6 +282,29 @@ def test_the_regulariser_makes_an_encoder_forget():
     assert weights[0] < 0.55 and weights[1] > 0.9
 
 
+def test_whitening_by_the_covariance():
+    rng = np.random.default_rng(0)
+    z = torch.tensor(rng.standard_normal((300, 3)) @ rng.standard_normal((3, 5)))  # rank three in five coordinates
+    axes = sl.whitening(z)
+    assert axes.shape == (5, 3)
+    torch.testing.assert_close(torch.cov((z @ axes).T, correction=0), torch.eye(3, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+    assert sl.whitening(torch.ones(10, 2, dtype=torch.float64)).shape == (2, 1)  # nothing varies: one column stays
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_whitened_slices_hear_a_whisper(fitted):
+    rng = np.random.default_rng(1)
+    t = torch.tensor(rng.standard_normal(1000))
+    z = torch.cat([torch.tensor(rng.standard_normal((1000, 4))), t[:, None] / 1000], 1).requires_grad_()
+    deaf, keen = (SliceDependence(slices=50, degree=3, whiten=w) for w in (False, True))
+    if fitted:
+        for penalty in (deaf, keen):
+            penalty.fit(z[:500], t[:500])
+    assert deaf(z, t) < 0.1 < 0.9 < keen(z, t)
+    (slope,) = torch.autograd.grad(keen(z, t), z)
+    assert torch.isfinite(slope).all() and slope[:, 4].abs().mean() > 10 * slope[:, 0].abs().mean()
+
+
 def test_fitted_weights_stay_until_the_next_fit():
     z, t = normal(100, 2), normal(100)
     penalty = SliceDependence(slices=5, degree=2)

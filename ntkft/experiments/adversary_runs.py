@@ -29,7 +29,8 @@ from ntkft.infomin import Club, MaximalCorrelation, SliceDependence, gaussian_in
 from ntkft.infomin.adversaries import network
 from ntkft.tabular import load_adult
 
-PENALTIES = ("none", "slice", "renyi", "club")
+PENALTIES = ("none", "slice", "whitened", "renyi", "club")  # "whitened": slices drawn after whitening
+SLICES = ("slice", "whitened")
 RATE, BODY_RATE = 1e-3, 5e-5
 
 # --- Toy: X ~ N(0, I), T = X_1 + noise, the task wants 0.7 X_1 + 0.714 X_2
@@ -65,8 +66,8 @@ def penalty(run: Forget, width: int, attributes: int) -> nn.Module | None:
     """Return the penalty of a run for a representation of `width` numbers, or None."""
     if run.penalty == "none":
         return None
-    if run.penalty == "slice":
-        return SliceDependence(slices=20, degree=3, seed=run.seed, squared=False)
+    if run.penalty in SLICES:
+        return SliceDependence(slices=20, degree=3, seed=run.seed, squared=False, whiten=run.penalty == "whitened")
     kind = {"renyi": MaximalCorrelation, "club": Club}[run.penalty]
     return kind(width, attributes, seed=run.seed)
 
@@ -97,7 +98,7 @@ def toy(run: Forget, last: int | None = None) -> dict[str, np.ndarray]:
     One step with an adversary is cheaper than one with slices, so by default an adversary gets more of them.
     """
     if last is None:
-        last = TOY_STEPS if run.penalty == "slice" or run.inner > 1 else 2 * TOY_STEPS
+        last = TOY_STEPS if run.penalty in SLICES or run.inner > 1 else 2 * TOY_STEPS
     generator = torch.Generator().manual_seed(run.seed)
     toward_t, toward_y = torch.zeros(TOY_INPUTS), torch.zeros(TOY_INPUTS)
     toward_t[0], toward_y[0], toward_y[1] = 1.0, 0.7, 0.51**0.5

@@ -30,7 +30,7 @@ from torch import Tensor
 from ntkft.errors import InputError
 from ntkft.infomin.adversaries import MaximalCorrelation
 from ntkft.infomin.cca import canonical, correlation
-from ntkft.infomin.slices import as_pair, standardise
+from ntkft.infomin.slices import as_pair, standardise, whitening
 
 FREQUENCIES = 100  # random Fourier features of each side
 BANDWIDTHS = (0.25, 1.0, 4.0)  # in units of the median distance
@@ -145,9 +145,7 @@ def whiten(x: Tensor) -> Tensor:
     [[1.0, 0.0], [0.0, 1.0]]
     """
     centred = standardise(x.detach().cpu())
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
-    keep = values > 1e-12 * values[-1]
-    return centred @ vectors[:, keep] * values[keep].rsqrt() if bool(keep.any()) else centred
+    return centred @ whitening(centred)
 
 
 def _closed_form(

@@ -37,6 +37,7 @@ def slice_dependence(
     *,
     heldout: bool = False,
     fixed_weights: bool = True,
+    whiten: bool = False,
 ) -> Tensor:
     """Return the largest correlation between the slice features of z (n, d) and of t (n,) or (n, q): a scalar tensor.
 
@@ -51,6 +52,8 @@ def slice_dependence(
         Without it the sample is used twice, and p features give a dependence of about (p/n)^(1/2) to nothing at all.
     fixed_weights : bool
         How the gradient with respect to z is taken; see `cca.top_correlation`.
+    whiten : bool
+        Draw the slices of z uniformly after whitening it, so that a coordinate of small variance is heard like any other.
 
     Raises
     ------
@@ -66,7 +69,7 @@ def slice_dependence(
     1.0
     """
     first, second = sl.as_pair(z, t)
-    a = sl.features(first, sl.directions(first.shape[1], slices, seed), degree)
+    a = sl.features(first, sl.draw(first, slices, seed, whiten=whiten), degree)
     b = sl.features(second, sl.directions(second.shape[1], slices, seed + 1), degree)
     if not heldout:
         return top_correlation(a, b, ridge, fixed_weights=fixed_weights)
@@ -109,6 +112,8 @@ class SliceDependence(nn.Module):
         As in `slice_dependence`. Split by split the seed advances, so that no half is always the one that is fitted.
     redraw : bool
         Draw new slices at each fit or unfitted forward: over many steps the encoder then meets all of them.
+    whiten : bool
+        As in `slice_dependence`: then the encoder cannot hide a coordinate by shrinking it beside the others.
     squared : bool
         Return ρ² or the absolute value of ρ, which pushes as hard near zero as far from it and reaches smaller dependence.
 
@@ -130,10 +135,11 @@ class SliceDependence(nn.Module):
         *,
         redraw: bool = True,
         squared: bool = True,
+        whiten: bool = False,
     ) -> None:
         super().__init__()
         self.slices, self.degree, self.ridge, self.seed, self.redraw = slices, degree, ridge, seed, redraw
-        self.squared, self.calls = squared, 0
+        self.squared, self.whiten, self.calls = squared, whiten, 0
         self._fitted: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # directions of z, of t, w, v
 
     def fit(self, z: Tensor, t: Tensor) -> SliceDependence:
@@ -141,7 +147,7 @@ class SliceDependence(nn.Module):
         first, second = sl.as_pair(z, t)
         at = self._advance()
         with torch.no_grad():
-            on_z = sl.directions(first.shape[1], self.slices, at)
+            on_z = sl.draw(first, self.slices, at, whiten=self.whiten)
             on_t = sl.directions(second.shape[1], self.slices, at + 1)
             best = canonical(
                 sl.features(first, on_z, self.degree), sl.features(second, on_t, self.degree), self.ridge
@@ -164,7 +170,9 @@ class SliceDependence(nn.Module):
             )
         else:
             at = self._advance()
-            rho = slice_dependence(first, second, self.slices, self.degree, self.ridge, at, heldout=True)
+            rho = slice_dependence(
+                first, second, self.slices, self.degree, self.ridge, at, heldout=True, whiten=self.whiten
+            )
         return (rho**2 if self.squared else rho.abs()).to(z.dtype if z.is_floating_point() else torch.float64)
 
     def _advance(self) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ntkft.errors import InputError
 
+NOTHING = 1e-12  # an eigenvalue below this share of the largest is rounding
 TINY = 1e-9  # a column whose spread is below TINY times its size is constant up to rounding
 
 
@@ -118,6 +119,46 @@ def standardise(x: Tensor) -> Tensor:
     constant = variance.detach() <= (TINY * x.detach().abs().amax(0)) ** 2
     # Not variance.sqrt() first: its gradient at 0 is infinite, and infinite times zero is no number.
     return centred * torch.where(constant, 0.0, torch.where(constant, 1.0, variance).rsqrt())
+
+
+def whitening(x: Tensor) -> Tensor:
+    """Return W (d, k), for which the columns of (x - mean) W are uncorrelated with variance 1; a constant for the gradient.
+
+    Directions without variance are dropped, so k is the rank of x (n, d); at least one column is kept.
+
+    Example
+    -------
+    >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 8.0], [2.0, 8.0]], dtype=torch.float64)
+    >>> (x @ whitening(x)).std(0, correction=0).round(decimals=6).tolist()
+    [1.0, 1.0]
+    """
+    with torch.no_grad():
+        size = x.std(0, correction=0)
+        size = torch.where(size > 0, size, 1.0)  # eigenvalues of correlations are easier to tell from rounding
+        centred = (x - x.mean(0)) / size
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
+        keep = values > NOTHING * values[-1]
+        keep[-1] = True
+        return vectors[:, keep] * torch.where(values[keep] > 0, values[keep], 1.0).rsqrt() / size[:, None]
+
+
+def draw(z: Tensor, slices: int, seed: int, *, whiten: bool = False) -> Tensor:
+    """Return directions for z (n, d), (slices, d): uniform on the sphere, or on that of the whitened z and then seen from z.
+
+    The law of slices of the second kind is the same for z and for z mapped by an invertible matrix: no coordinate can hide by
+    being small.
+
+    Example
+    -------
+    >>> z = torch.randn(200, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / torch.tensor([1.0, 1000.0])
+    >>> weight = draw(z, 50, seed=0, whiten=True).abs().mean(0)
+    >>> bool(weight[1] > 500 * weight[0])
+    True
+    """
+    if not whiten:
+        return directions(z.shape[1], slices, seed)
+    axes = whitening(z)
+    return directions(axes.shape[1], slices, seed).to(axes.device) @ axes.T
 
 
 def features(z: Tensor, directions: Tensor, degree: int) -> Tensor:
