@@ -99,6 +99,12 @@ def typed_numbers(text: str) -> list[str]:
     ]
 
 
+def double_subscripts(text: str) -> list[str]:
+    r"""Complain about a subscript after a macro that ends in one, which MathJax does not set: a second `_` needs braces."""
+    subscripted = [name for name, body in MACROS.items() if isinstance(body, str) and re.search(r"_(\w|\{[^{}]*\})$", body)]
+    return [found for name in subscripted for found in re.findall(rf"\\{name}_\S{{0,5}}", prose(text))]
+
+
 def known_keys() -> set[str]:
     return set(
         re.findall(
@@ -130,7 +136,7 @@ def test_page_exists(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS)
-@pytest.mark.parametrize("check", [long_cells, bare_figures, typed_numbers])
+@pytest.mark.parametrize("check", [long_cells, bare_figures, typed_numbers, double_subscripts])
 def test_sources(page: str, check: Callable[[str], list[str]]) -> None:
     assert check((ROOT / f"{page}.md").read_text(encoding="utf-8")) == []
 
@@ -172,6 +178,8 @@ def test_the_source_checks_can_fail() -> None:
     assert bare_figures(FRONT + GOOD_FIGURE.replace("alt: A falling curve", ""))
     assert bare_figures(FRONT + GOOD_FIGURE.replace("caption: The error falls., ", ""))
     assert unknown_citations("{cite:t}`nobody1900`", known_keys())
+    assert double_subscripts(r"the radius $\epshat_J(R)$") == [r"\epshat_J(R)$"]
+    assert not double_subscripts(r"the radius $\epshat^2$ and $\That_1$")
     assert typed_numbers("The error falls to 0.932 after training.")
     assert not typed_numbers("It falls to {glue:text}`error:.3f` for $p = 0.932$, in version `1.234`.")
 
