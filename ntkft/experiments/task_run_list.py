@@ -31,8 +31,8 @@ def measures(family: Family) -> list[tuple[str, str]]:
     return [(what, kind) for kind in KINDS for what in MEASURES if what not in left_out]
 
 
-def joints(family: Family) -> list[tuple[str, ...]]:
-    """Return which tasks are trained together: the four domains, and all."""
+def sums(family: Family) -> list[tuple[str, ...]]:
+    """Return whose vectors are added together: the four domains, and all tasks."""
     return [DOMAINS] if family.setting.tasks == DOMAINS else [DOMAINS, family.setting.tasks]
 
 
@@ -54,8 +54,7 @@ def make(family: Family) -> None:
         add(f"train-{label}", task_runs.training(family, label))
     for what, kind in measures(family):
         add(f"{what}-{kind}", task_runs.measure(family, what, kind))
-    for chosen in joints(family):
-        add(f"joint-{len(chosen)}", task_runs.joint(family, chosen))
+    add(f"joint-{len(DOMAINS)}", task_runs.joint(family, DOMAINS))
     parts["start/kernel"] = parts["start/kernel"][np.triu_indices(len(family.texts))]
     small = {k: v.astype(np.float32) if k.endswith("scores") and k != "start/scores" else v for k, v in parts.items()}
     with atomic_path(target) as temporary:

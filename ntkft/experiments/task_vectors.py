@@ -92,11 +92,11 @@ def sums(runs: FamilyRuns, kind: str) -> np.ndarray:
     The first prediction is the kernel's. The second adds up what the vectors were measured to do alone, so it fails only where
     the network is not linear along its vectors.
     """
-    from ntkft.experiments.task_run_list import joints
+    from ntkft.experiments.task_run_list import sums as summed
 
     vectors, alone, found = runs.vectors[kind], runs.moved(f"single-{kind}"), runs.moved(f"sum-{kind}")
     out = []
-    for names, row in zip(joints(runs.family), found, strict=True):
+    for names, row in zip(summed(runs.family), found, strict=True):
         c = np.isin(runs.family.labels, names).astype(float)
         for scale, move in zip(SCALES, row, strict=True):
             told = (scale * c @ vectors.moves, scale * c @ alone)
