@@ -14,6 +14,7 @@ from ntkft.experiments.llm_kernels import stored
 from ntkft.experiments.result import resumable
 from ntkft.infomin import blindness, slice_dependence
 from ntkft.infomin.adversaries import MaximalCorrelation
+from ntkft.ntk.kernel import centred
 
 KERNEL, TEXTS = "minilm-tweets-0", 256
 RANKS, STEPS, SIGMA, SNR = (1, 5, 20, 80), (1, 3, 10, 30, 100, 300, 1000), 1.0, 20.0
@@ -35,8 +36,7 @@ def planted(draws: int, seed: int = 0) -> dict[str, np.ndarray]:
         looks), the share s_j that the filter passes.
     """
     kernel, _ = stored(KERNEL)
-    block = kernel.matrix[:TEXTS, :TEXTS]
-    whole = (block - block.mean(0) - block.mean(1)[:, None] + block.mean()) / TEXTS
+    whole = centred(kernel.matrix[:TEXTS, :TEXTS]) / TEXTS
     lam, u = (part[..., :0:-1] for part in np.linalg.eigh(whole))  # the last one, 0, belongs to the constant
     n, step = len(lam), 1 / lam[0]
     leak = SNR * SIGMA**2 / n

@@ -36,19 +36,22 @@ def planes(runs: FamilyRuns, kind: str) -> np.ndarray:
     return np.moveaxis(np.array(out), 1, 0)
 
 
+def before(runs: FamilyRuns) -> np.ndarray:
+    """Return every task's held-out loss before training: (tasks,); it is the same for all kinds of vectors."""
+    vectors, zero = runs.vectors["early"], np.zeros(len(runs.family.texts))
+    return np.array([float(vectors.loss(a, zero, held_out=True)) for a in range(len(runs.family.setting.tasks))])
+
+
 def losses(runs: FamilyRuns, move: np.ndarray, kind: str) -> np.ndarray:
     """Return every task's held-out loss after a change of the scores, in shares of that before training: (..., tasks)."""
-    vectors, tasks = runs.vectors[kind], range(len(runs.family.setting.tasks))
-    start = [float(vectors.loss(a, np.zeros(move.shape[-1]), held_out=True)) for a in tasks]
-    return np.stack([vectors.loss(a, move, held_out=True) / start[a] for a in tasks], axis=-1)
+    vectors, start = runs.vectors[kind], before(runs)
+    return np.stack([vectors.loss(a, move, held_out=True) / start[a] for a in range(len(start))], axis=-1)
 
 
 def constant_losses(runs: FamilyRuns) -> np.ndarray:
     """Return each task's held-out loss if its mean were told for every text, in shares of that before training: (tasks,)."""
-    vectors = runs.vectors["early"]
-    tasks = range(len(runs.family.setting.tasks))
-    start = [float(vectors.loss(a, np.zeros(len(runs.family.texts)), held_out=True)) for a in tasks]
-    return np.array([np.var(np.asarray(vectors.tunings[a].reference)) / 2 / start[a] for a in tasks])
+    tunings, start = runs.vectors["early"].tunings, before(runs)
+    return np.array([np.var(np.asarray(tunings[a].reference)) / 2 / start[a] for a in range(len(start))])
 
 
 def accuracies(runs: FamilyRuns, move: np.ndarray, kind: str) -> np.ndarray:
