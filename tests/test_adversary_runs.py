@@ -8,7 +8,7 @@ import torch
 
 from ntkft.experiments import adversaries, adversary_runs, forgetting
 from ntkft.experiments.adversary_runs import PENALTIES, Forget
-from ntkft.tabular import COLUMNS, load_adult
+from ntkft.tabular import COLUMNS, Table, load_adult
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_network_adversary_hears_a_low_frequency_first():
 
 
 def test_the_cost_of_a_step_is_measured_for_each_penalty_and_more_adversary_costs_more(short):
-    costs = forgetting.step_costs(rounds=2, steps=20)
+    costs = forgetting.step_costs(2, steps=20)
     assert set(costs) == {"slice x1", "renyi x1", "renyi x5", "club x1", "club x5"}
     assert costs["renyi x5"] > costs["renyi x1"] > 0
 
@@ -63,8 +63,46 @@ def test_runs_of_different_lengths_are_padded_with_nothing():
 
 
 def test_the_runs_are_each_named_once():
-    keys = [run.key for run in forgetting.RUNS]
-    assert len(set(keys)) == len(keys)
+    keys = [run.key for data in forgetting.SETTINGS for row in forgetting.runs(data) for run in row]
+    assert len(set(keys)) == len(keys) > 100
+    first = forgetting.runs("adult")[1][2]
+    assert (first.penalty, first.beta, first.inner, first.seed) == (*forgetting.ADULT[1], 2)
+
+
+def test_equal_time_is_counted_in_seconds_and_not_in_steps():
+    information = np.array([[[1.6, 0.5, 0.05, 0.2, 0.004]], [[1.6, 1.0, 0.4, np.nan, np.nan]]])
+    step = np.array([[[0.0, 10, 20, 30, 40]], [[0.0, 10, 20, np.nan, np.nan]]])
+    costs = np.array([0.1, 0.4])
+    assert forgetting.at_equal_time(information, step, costs, 4.0).tolist() == [[0.004], [1.0]]
+    assert forgetting.at_equal_time(information, step, costs, 2.9).tolist() == [[0.05], [1.6]]
+    assert forgetting.at_equal_time(information, step, costs, 99.0).tolist() == [[0.004], [0.4]]
+    # the fourth look is above again, so 0.1 is reached for good at the fifth
+    assert forgetting.time_to(0.1, information, step, costs).tolist() == [[4.0], [np.inf]]
+    assert forgetting.time_to(0.6, information, step, costs).tolist() == [[1.0], [8.0]]
+    assert forgetting.time_to(0.4, information, step, costs).tolist() == [[2.0], [8.0]]
+
+
+@pytest.fixture
+def people(monkeypatch):
+    """Seven columns: the first tells the task, the second the attribute, in which the task has a share."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1500, 7)).astype(np.float32)
+    t = (x[:, 1] > 0).astype(np.float32)
+    y = (x[:, 0] + x[:, 1] > 0).astype(np.float32)
+    table = Table(x, y, t, 1000, tuple(f"column {k}" for k in range(7)))
+    monkeypatch.setattr(adversary_runs, "load_adult", lambda: table)
+    monkeypatch.setattr(adversary_runs, "ADULT_BATCH", 250)
+    monkeypatch.setattr(adversary_runs, "ADULT_EPOCHS", 60)
+
+
+def test_an_encoder_of_the_census_forgets_and_an_auditor_says_so(people, monkeypatch):
+    monkeypatch.setattr(forgetting, "outcome", adversary_runs._adult)  # nothing is kept
+    monkeypatch.setattr(forgetting, "NETWORKS", 0)
+    kept, lost = (forgetting.judged(Forget("adult", *how)) for how in (("none", 0.0, 0), ("slice", 3.0, 0)))
+    assert kept["right"] > 0.9 and kept["utility"][0] > 0.8 and kept["leakage"][0] > 0.5
+    assert lost["leakage"][0] < kept["leakage"][0] - 0.25 and lost["utility"][0] > lost["leakage"][0]
+    for found in (kept, lost):
+        assert (found["leakage"][1] <= found["leakage"][0] <= found["leakage"][2]) and found["task"].shape == (60,)
 
 
 @pytest.mark.slow
