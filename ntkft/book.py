@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from ntkft.errors import InputError
 from ntkft.experiments.result import RESULTS, Result
@@ -61,6 +62,18 @@ def band(ax: Any, x: np.ndarray, y: np.ndarray, color: str, label: str, style: s
     low, high = np.quantile(y[rows].mean(1), [0.025, 0.975], axis=0)
     ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     ax.plot(x, y.mean(0), style, color=color, label=label)
+
+
+def with_interval(y: np.ndarray, digits: int = 2) -> str:
+    """Return the mean of the runs `y` (runs,) and its 95 % interval by Student's t as text; one run has no interval."""
+    y = np.asarray(y, float)
+    numbers = [y.mean()]
+    if len(y) > 1:
+        half = stats.t.ppf(0.975, len(y) - 1) * y.std(ddof=1) / len(y) ** 0.5
+        numbers += [y.mean() - half, y.mean() + half]
+    # a true minus sign, and no minus before a zero
+    texts = [f"{np.round(x, digits) + 0.0:.{digits}f}".replace("-", "−") for x in numbers]
+    return texts[0] if len(y) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
 def glue_all(prefix: str, values: dict[str, Any]) -> None:

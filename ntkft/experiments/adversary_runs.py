@@ -1,9 +1,9 @@
-r"""Encoders that learn to forget: a Gaussian toy, the census table, MiniLM. One run is one penalty, one weight β and one seed.
+r"""Encoders that learn to forget: a Gaussian toy and the census table. One run is one penalty, one weight β and one seed.
 
 An adversary takes `inner` steps of its own for each step of the encoder: the fewer, the earlier it stops.
 Each run ends with its representation of held-out samples, so that whoever reads it can audit it; nothing that was trained
 against is asked again. Encoders, heads and adversaries are trained by Adam with its defaults, learning rate 0.001, as in Chen
-et al. 2022; the weights of MiniLM's body at a smaller rate, since 0.001 would undo its pretraining.
+et al. 2022. MiniLM is in `text_encoders`.
 
 Example
 -------
@@ -22,23 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import ntkft
-from ntkft.experiments.llm_kernels import DOMAINS
+from ntkft.experiments.audits import judged
 from ntkft.experiments.result import resumable
-from ntkft.infomin import Club, MaximalCorrelation, SliceDependence, gaussian_information, one_hot
+from ntkft.infomin import Club, MaximalCorrelation, SliceDependence, gaussian_information
 from ntkft.infomin.adversaries import network
 from ntkft.tabular import load_adult
 
 PENALTIES = ("none", "slice", "whitened", "renyi", "club")  # "whitened": slices drawn after whitening
 SLICES = ("slice", "whitened")
-RATE, BODY_RATE = 1e-3, 5e-5
+RATE = 1e-3
 
 # --- Toy: X ~ N(0, I), T = X_1 + noise, the task wants 0.7 X_1 + 0.714 X_2
 TOY_INPUTS, TOY_WIDTH, TOY_NOISE, TOY_BATCH, TOY_STEPS, TOY_EVERY = 10, 2, 0.0452, 2048, 1400, 100
 # --- Census
 ADULT_WIDTH, ADULT_HIDDEN, ADULT_BATCH, ADULT_EPOCHS, ADULT_AUDITED = 8, 64, 512, 20, 4000
-# --- MiniLM: a bottleneck on its pooled states
-TEXT_TRAIN, TEXT_TEST, TEXT_WIDTH, TEXT_BATCH, TEXT_EPOCHS, TEXT_TOKENS = 96, 160, 8, 64, 12, 48
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,17 @@ class Forget:
 
 def outcome(run: Forget) -> dict[str, np.ndarray]:
     """Return what a run measured; made once, then read from disk."""
-    return resumable(__name__, run.key, lambda: {"toy": toy, "adult": _adult, "minilm": _minilm}[run.data](run))
+    return resumable(__name__, run.key, lambda: {"toy": toy, "adult": adult}[run.data](run))
+
+
+def audited(run: Forget) -> dict[str, np.ndarray]:
+    """Return what an auditor says of a census encoder; made once, then read from disk."""
+
+    def judge() -> dict[str, np.ndarray]:
+        found = outcome(run)
+        return judged(found, found["t"], found["y"], run.seed)
+
+    return resumable(__name__, f"judged-{run.key}", judge)
 
 
 def penalty(run: Forget, width: int, attributes: int) -> nn.Module | None:
@@ -86,7 +93,8 @@ def train_step(run: Forget, task: Tensor, z: Tensor, t: Tensor, against: nn.Modu
     adam.step()
 
 
-def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return what `make` makes with torch's global generator at `seed`, and put the generator back."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -131,11 +139,12 @@ def toy(run: Forget, last: int | None = None) -> dict[str, np.ndarray]:
     return {"step": np.array(steps), "information": np.array(information), "task": np.array(losses), "spent": np.array(seconds)}
 
 
-def _adult(run: Forget) -> dict[str, np.ndarray]:
+def adult(run: Forget) -> dict[str, np.ndarray]:
+    """Train one encoder of the census; return its representation of held-out people with all that an audit needs."""
     people = load_adult()
     x, y, t = (torch.tensor(values) for values in (people.x, people.y, people.t))
     encoder = network(x.shape[1], ADULT_WIDTH, ADULT_HIDDEN, run.seed)
-    head = _seeded(lambda: nn.Linear(ADULT_WIDTH, 1), run.seed + 1)
+    head = seeded(lambda: nn.Linear(ADULT_WIDTH, 1), run.seed + 1)
     against = penalty(run, ADULT_WIDTH, 1)
     adam = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=RATE)
     generator = torch.Generator().manual_seed(run.seed)
@@ -159,64 +168,5 @@ def _adult(run: Forget) -> dict[str, np.ndarray]:
         "score": score[keep].numpy(),
         "right": np.array(((score > 0) == (y[test] > 0.5)).float().mean().item()),
         "task": np.array(looks),
-        "spent": np.array(spent),
-    }
-
-
-def texts(seed: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Return texts of the four domains, single ratings less their domain's mean, the raters' means likewise, and domains."""
-    every, y, truth, domain = [], [], [], []
-    for k, name in enumerate(DOMAINS):
-        task = ntkft.load_task(name, n=TEXT_TRAIN + TEXT_TEST, seed=seed).redraw(1, seed=seed)
-        every += task.texts
-        y.append(task.y - task.y[:TEXT_TRAIN].mean())
-        truth.append(task.reference - task.reference[:TEXT_TRAIN].mean())
-        domain += [k] * len(task)
-    return every, np.concatenate(y), np.concatenate(truth), np.array(domain)
-
-
-def _minilm(run: Forget) -> dict[str, np.ndarray]:
-    loaded = ntkft.load_model("minilm")
-    every, y, truth, domain = texts(run.seed)
-    target = one_hot(torch.tensor(domain)).float()
-    size = TEXT_TRAIN + TEXT_TEST
-    rows = np.concatenate([np.arange(k * size, k * size + TEXT_TRAIN) for k in range(len(DOMAINS))])
-    left = np.setdiff1d(np.arange(len(every)), rows)
-    body = loaded.model
-    neck = _seeded(lambda: nn.Linear(body.config.hidden_size, TEXT_WIDTH), run.seed)
-    head = _seeded(lambda: nn.Linear(TEXT_WIDTH, 1), run.seed + 1)
-    against = penalty(run, TEXT_WIDTH, len(DOMAINS))
-    groups = [
-        {"params": [*neck.parameters(), *head.parameters()], "lr": RATE},
-        {"params": list(body.parameters()), "lr": BODY_RATE},
-    ]
-    adam = torch.optim.Adam(groups)
-
-    def represent(part: np.ndarray) -> Tensor:
-        batch = loaded.tokenizer(
-            [every[i] for i in part], truncation=True, max_length=TEXT_TOKENS, padding=True, return_tensors="pt"
-        )
-        hidden = body(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        return neck((hidden * mask).sum(1) / mask.sum(1))
-
-    generator, began, losses = np.random.default_rng(run.seed), time.perf_counter(), []
-    for _ in range(TEXT_EPOCHS):
-        order = generator.permutation(rows)
-        for part in np.split(order, len(order) // TEXT_BATCH):
-            z = represent(part)
-            task = ((head(z)[:, 0] - torch.tensor(y[part], dtype=torch.float32)) ** 2).mean()
-            train_step(run, task, z, target[part], against, adam)
-        losses.append(task.item())
-    spent = time.perf_counter() - began
-    with torch.no_grad():
-        z = torch.cat([represent(part) for part in np.array_split(left, len(left) // 32)])
-        score = head(z)[:, 0]
-    return {
-        "z": z.numpy(),
-        "t": domain[left],
-        "truth": truth[left],
-        "score": score.numpy(),
-        "task": np.array(losses),
         "spent": np.array(spent),
     }

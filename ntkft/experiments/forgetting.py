@@ -1,7 +1,7 @@
 """What encoders that were trained to forget still tell, judged by auditors that took no part in the training.
 
-The runs are made by `adversary_runs`. Each representation of held-out samples is audited once; the toy has its information in
-closed form. The quick tier trains one encoder of the toy.
+The runs are made and judged by `adversary_runs` and `text_encoders`; the toy has its information in closed form. The quick
+tier trains one encoder of the toy.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
-from ntkft.experiments import adversary_runs
-from ntkft.experiments.adversary_runs import Forget, outcome
-from ntkft.experiments.result import resumable
-from ntkft.infomin import audit, one_hot
+from ntkft.experiments import adversary_runs, text_encoders
+from ntkft.experiments.adversary_runs import Forget
+from ntkft.experiments.llm_kernels import DOMAINS
+from ntkft.tabular import load_adult
 
 # (penalty, β, steps of the adversary for each step of the encoder)
 TOY = [("slice", beta, 1) for beta in (5.0, 20.0)]
 TOY += [("renyi", beta, inner) for inner in (1, 5) for beta in (5.0, 20.0)]
 TOY += [("club", beta, inner) for inner in (1, 5) for beta in (0.01, 0.05, 0.2, 1.0)]
 ADULT = [("none", 0.0, 1)]
-ADULT += [(kind, beta, 1) for kind in ("slice", "whitened") for beta in (0.1, 0.3, 1.0)]
-ADULT += [("renyi", beta, inner) for inner in (1, 5) for beta in (0.1, 0.3, 1.0)]
-ADULT += [("club", beta, 1) for beta in (0.03, 0.1, 0.3)]
+ADULT += [(kind, beta, 1) for kind in ("slice", "whitened") for beta in (0.1, 0.3, 1.0, 3.0)]
+ADULT += [("renyi", beta, inner) for inner in (1, 5) for beta in (0.1, 0.3, 1.0, 3.0)]
+ADULT += [("renyi", beta, 20) for beta in (0.3, 1.0)]
+ADULT += [("club", beta, inner) for inner in (1, 5) for beta in (0.03, 0.1, 0.3)]
 MINILM = [("none", 0.0, 1)]
 MINILM += [(kind, beta, 1) for kind in ("slice", "whitened") for beta in (0.3, 1.0)]
 MINILM += [("renyi", beta, 5) for beta in (0.3, 1.0)]
 MINILM += [("club", beta, 5) for beta in (0.1, 0.3)]
 SETTINGS = {"toy": TOY, "adult": ADULT, "minilm": MINILM}
+OUTCOMES = {"toy": adversary_runs.outcome, "adult": adversary_runs.audited, "minilm": text_encoders.audited}
 SEEDS = {"toy": range(5), "adult": range(5), "minilm": range(3)}
 LIVE = Forget("toy", "slice", 5.0, 0)  # what the quick tier trains
-NETWORKS = 2  # pairs of networks among the auditors of each fold
 FORGOTTEN = (0.1, 0.01)  # nats
 ROUNDS = {"quick": 1, "full": 5}  # in which the penalties take turns when a step is timed
 
@@ -41,27 +41,17 @@ def runs(data: str) -> list[list[Forget]]:
     return [[Forget(data, *setting[:2], seed, setting[2]) for seed in SEEDS[data]] for setting in SETTINGS[data]]  # type: ignore[arg-type]
 
 
-def judged(run: Forget) -> dict[str, np.ndarray]:
-    """Return a run's leakage and utility, each the held-out dependence that an auditor finds, with intervals: (3,)."""
-    found = outcome(run)
-    z = torch.tensor(found["z"])
-    t = one_hot(torch.tensor(found["t"])) if run.data == "minilm" else torch.tensor(found["t"])
-    y = torch.tensor(found["truth"] if run.data == "minilm" else found["y"], dtype=torch.float64)
-    leak, use = (audit(z, target, seed=run.seed, networks=NETWORKS) for target in (t, y))
-    kept = {"spent": found["spent"], "task": found["task"]}
-    if run.data == "adult":
-        kept["right"] = found["right"]
-    else:
-        kept["error"] = np.array(((found["score"] - found["truth"]) ** 2).mean() / found["truth"].var())
-    return kept | {
-        "leakage": np.array([leak.dependence, leak.low, leak.high]),
-        "utility": np.array([use.dependence, use.low, use.high]),
+def census() -> dict[str, float]:
+    """Return how many people the census has, and what is known of the test part's incomes before any encoder looks."""
+    people = load_adult()
+    y, t = people.y[people.train :], people.t[people.train :]
+    return {
+        "train": people.train,
+        "test": len(y),
+        "batches": adversary_runs.ADULT_EPOCHS * (people.train // adversary_runs.ADULT_BATCH),
+        "base": float(1 - y.mean()),
+        "income_and_sex": float(abs(np.corrcoef(y, t)[0, 1])),
     }
-
-
-def audited(run: Forget) -> dict[str, np.ndarray]:
-    """Return `judged` of a run; made once, then read from disk."""
-    return resumable(__name__, f"judged-{run.key}", lambda: judged(run))
 
 
 def step_costs(rounds: int, steps: int = adversary_runs.TOY_EVERY) -> dict[str, float]:
@@ -75,14 +65,14 @@ def step_costs(rounds: int, steps: int = adversary_runs.TOY_EVERY) -> dict[str, 
     return {name: float(np.median(values)) for name, values in found.items()}
 
 
-def at_equal_time(information: np.ndarray, step: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
-    """Return the information (settings, seeds, looks) at the last look for which the budget of seconds suffices.
+def at_equal_time(seen: np.ndarray, step: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
+    """Return what was seen (settings, seeds, looks) at the last look for which the budget of seconds suffices.
 
     One step costs `costs` (settings,) seconds; looks that a run did not reach are not numbers.
     """
     seconds = costs[:, None, None] * step
     last = np.where(np.isfinite(seconds) & (seconds <= budget * (1 + 1e-9)), np.arange(step.shape[-1]), -1).max(-1)
-    return np.take_along_axis(information, last[..., None], -1)[..., 0]
+    return np.take_along_axis(seen, last[..., None], -1)[..., 0]
 
 
 def time_to(level: float, information: np.ndarray, step: np.ndarray, costs: np.ndarray) -> np.ndarray:
@@ -101,17 +91,21 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
     values: dict[str, Any] = {"step_costs": costs, "live": LIVE.key, "forgotten": FORGOTTEN}
     if tier != "full":
         return values, arrays
+    values["adult"] = census()
+    sizes = {"train": text_encoders.TRAIN, "test": text_encoders.TEST}
+    values["minilm"] = {part: len(DOMAINS) * size for part, size in sizes.items()}
     for data in SETTINGS:
         values[f"{data}_runs"] = [list(setting) for setting in SETTINGS[data]]
-        rows = [[(outcome if data == "toy" else audited)(one) for one in row] for row in runs(data)]
+        rows = [[OUTCOMES[data](one) for one in row] for row in runs(data)]
         for key in rows[0][0]:
             if key != "seconds":
                 arrays[f"{data}_{key}"] = padded([[one[key] for one in row] for row in rows])
     cost = np.array([costs[f"{penalty} x{inner}"] for penalty, _, inner in TOY])
     values["toy_budget"] = costs["slice x1"] * adversary_runs.TOY_STEPS
-    told = arrays["toy_information"], arrays["toy_step"], cost
-    arrays["toy_at_equal_time"] = at_equal_time(*told, values["toy_budget"])
-    arrays["toy_time_to"] = np.array([time_to(level, *told) for level in FORGOTTEN])
+    step = arrays["toy_step"]
+    for what in ("information", "task"):
+        arrays[f"toy_{what}_at_equal_time"] = at_equal_time(arrays[f"toy_{what}"], step, cost, values["toy_budget"])
+    arrays["toy_time_to"] = np.array([time_to(level, arrays["toy_information"], step, cost) for level in FORGOTTEN])
     return values, arrays
 
 
