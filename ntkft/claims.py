@@ -30,6 +30,7 @@ from ntkft.checks import (
     rates,
     stopping_rule,
     task_vectors,
+    tasks_measured,
 )
 from ntkft.errors import InputError
 
@@ -46,6 +47,7 @@ LEDGER = (
     *llm_training.CLAIMS,
     *task_vectors.CLAIMS,
     *many_tasks.CLAIMS,
+    *tasks_measured.CLAIMS,
     *adversaries.CLAIMS,
     *adversaries_measured.CLAIMS,
     *kernel_engine.CLAIMS,

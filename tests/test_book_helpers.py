@@ -18,7 +18,7 @@ def test_a_mean_over_runs_comes_with_students_interval() -> None:
 
 @pytest.mark.parametrize(
     ("runs", "text"),
-    [([0.2], "0.20"), ([-0.001], "0.00"), ([-0.5], "−0.50"), ([-1, -1], "−1.00 (−1.00 to −1.00)")],
+    [([0.2], "0.20"), ([-0.001], "0.00"), ([-0.4, -0.6], "−0.50"), ([-1, -1, -1], "−1.00 (−1.00 to −1.00)")],
 )
-def test_one_run_has_no_interval_and_minus_is_a_minus(runs: list[float], text: str) -> None:
+def test_two_runs_have_no_interval_and_minus_is_a_minus(runs: list[float], text: str) -> None:
     assert with_interval(np.array(runs)) == text

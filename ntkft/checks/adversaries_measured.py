@@ -6,7 +6,7 @@ import numpy as np
 
 from ntkft.checks import Claim, Verdict, full_result
 
-CHAPTER = "adversaries"
+CHAPTER, FORGETTING = "adversaries", "forgetting"
 
 
 def planted_leaks(broken: bool = False) -> Verdict:
@@ -38,6 +38,57 @@ def slow_waves_first(broken: bool = False) -> Verdict:
     )
 
 
+def toy_at_equal_time(broken: bool = False) -> Verdict:
+    """Information left in the toy when slices have taken 1400 steps; CLUB and slices exchanged fail."""
+    result = full_result(FORGETTING)
+    settings, left = result.values["toy_runs"], result.arrays["toy_information_at_equal_time"]
+
+    def of(penalty: str, inner: int) -> np.ndarray:
+        return left[[k for k, setting in enumerate(settings) if setting[::2] == [penalty, inner]]]
+
+    slices, club = of("slice", 1), of("club", 1)
+    if broken:
+        slices, club = club, slices
+    late = of("club", 5).min()
+    holds = slices.max() < 1 / 200 and of("renyi", 1).max() < 1e-3 and of("renyi", 5).max() < 1 / 20
+    holds &= min(club.min(), late) > 1 / 100
+    evidence = f"slices at most {slices.max():.4f} nats, CLUB at least {club.min():.3f}, {late:.2f} with five steps"
+    return Verdict(bool(holds), evidence)
+
+
+def census_encoders(broken: bool = False) -> Verdict:
+    """Leakage of census encoders; networks of five steps in the place of those of one do not raise it and fail."""
+    result = full_result(FORGETTING)
+    settings = [tuple(setting) for setting in result.values["adult_runs"]]
+    leak, use = (result.arrays[f"adult_{what}"][..., 0] for what in ("leakage", "utility"))  # settings, seeds
+    mean, at, weights = leak.mean(1), settings.index, (0.1, 0.3, 1.0, 3.0)
+    none, free, often = at(("none", 0.0, 1)), at(("slice", 0.1, 1)), 5 if broken else 1
+    raised = float((leak[at(("renyi", 0.3, often))] - leak[none]).min())
+    kept = float(min(mean[at(("renyi", beta, often))] for beta in weights) / mean[none])
+    behind = float(min(min(mean[at(("renyi", b, k))] for k in (1, 5)) - mean[at(("slice", b, 1))] for b in weights))
+    cheap = abs(float(use[free].mean() - use[none].mean()))
+    holds = mean[free] < 2 / 3 * mean[none] and cheap < 0.01 and raised > 0 and kept > 5 / 6 and behind > 0
+    return Verdict(
+        bool(holds),
+        f"leakage {mean[none]:.2f}, slices {mean[free]:.2f}; networks with one step raise it by {raised:.3f} at least, leave "
+        f"{kept:.2f} of it at best, and are behind slices by {behind:.2f}",
+    )
+
+
+def text_encoders(broken: bool = False) -> Verdict:
+    """Leakage of MiniLM's bottleneck in every seed: slices lower it, networks raise it; exchanged, both fail."""
+    result = full_result(FORGETTING)
+    settings = [tuple(setting) for setting in result.values["minilm_runs"]]
+    leak, use = (result.arrays[f"minilm_{what}"][..., 0] for what in ("leakage", "utility"))
+    none = settings.index(("none", 0.0, 1))
+    lower, higher = ("renyi", "slice") if broken else ("slice", "renyi")
+    less = [leak[k] / leak[none] for k, setting in enumerate(settings) if setting[0] == lower]
+    more = [leak[k] / leak[none] for k, setting in enumerate(settings) if setting[0] == higher]
+    cost = float((use[none] - use[settings.index(("slice", 0.3, 1))]).max())
+    holds = np.max(less) < 2 / 3 and np.min(more) > 1 and cost < 0.05
+    return Verdict(bool(holds), f"slices leave at most {np.max(less):.2f} of the leakage, networks at least {np.min(more):.2f}")
+
+
 CLAIMS = (
     Claim(
         "obs-av-planted",
@@ -52,5 +103,26 @@ CLAIMS = (
         "A neural adversary reports slow waves before fast ones.",
         "stored",
         slow_waves_first,
+    ),
+    Claim(
+        "obs-av-toy",
+        CHAPTER,
+        "At equal time slices and networks forget in the toy, and CLUB does not.",
+        "stored",
+        toy_at_equal_time,
+    ),
+    Claim(
+        "obs-av-census",
+        CHAPTER,
+        "On the census slices forget most for the least, and an adversary of one step can be worse than none.",
+        "stored",
+        census_encoders,
+    ),
+    Claim(
+        "obs-av-minilm",
+        CHAPTER,
+        "In MiniLM slices make a bottleneck forget the domain, and networks of five steps make it tell more.",
+        "stored",
+        text_encoders,
     ),
 )

@@ -31,7 +31,10 @@ CHAPTERS = (
     "llm_spectra",
     "llm_stopping",
     "llm_training",
+    "task_vectors",
+    "many_tasks",
     "adversaries",
+    "forgetting",
 )
 TIERS = ("quick", "full")
 
