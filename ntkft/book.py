@@ -65,15 +65,13 @@ def band(ax: Any, x: np.ndarray, y: np.ndarray, color: str, label: str, style: s
 
 
 def with_interval(y: np.ndarray, digits: int = 2) -> str:
-    """Return the mean of the runs `y` (runs,) as text, with its 95 % interval by Student's t from three runs on."""
+    """Return the mean of the runs `y` (runs,) as text, ± half its 95 % interval by Student's t if there are three or more."""
     y = np.asarray(y, float)
-    numbers = [y.mean()]
-    if len(y) > 2:
-        half = stats.t.ppf(0.975, len(y) - 1) * y.std(ddof=1) / len(y) ** 0.5
-        numbers += [y.mean() - half, y.mean() + half]
-    # a true minus sign, and no minus before a zero
-    texts = [f"{np.round(x, digits) + 0.0:.{digits}f}".replace("-", "−") for x in numbers]
-    return texts[0] if len(texts) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
+    text = f"{np.round(y.mean(), digits) + 0.0:.{digits}f}".replace("-", "−")  # a true minus, and none before zero
+    if len(y) < 3:
+        return text
+    half = stats.t.ppf(0.975, len(y) - 1) * y.std(ddof=1) / len(y) ** 0.5
+    return f"{text} ± {half:.{digits}f}"
 
 
 def glue_all(prefix: str, values: dict[str, Any]) -> None:

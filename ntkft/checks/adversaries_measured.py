@@ -83,10 +83,15 @@ def text_encoders(broken: bool = False) -> Verdict:
     none = settings.index(("none", 0.0, 1))
     lower, higher = ("renyi", "slice") if broken else ("slice", "renyi")
     less = [leak[k] / leak[none] for k, setting in enumerate(settings) if setting[0] == lower]
-    more = [leak[k] / leak[none] for k, setting in enumerate(settings) if setting[0] == higher]
+    more = [leak[k] / leak[none] for k, setting in enumerate(settings) if setting[0] == higher and setting[2] < 20]
+    late = float((leak[settings.index(("renyi", 0.3, 100))] / leak[none]).max())
     cost = float((use[none] - use[settings.index(("slice", 0.3, 1))]).max())
-    holds = np.max(less) < 2 / 3 and np.min(more) > 1 and cost < 0.05
-    return Verdict(bool(holds), f"slices leave at most {np.max(less):.2f} of the leakage, networks at least {np.min(more):.2f}")
+    holds = np.max(less) < 2 / 3 and np.min(more) > 1 and late < 3 / 4 and cost < 0.05
+    return Verdict(
+        bool(holds),
+        f"slices leave at most {np.max(less):.2f} of the leakage, networks with five steps at least {np.min(more):.2f}, with a "
+        f"hundred at most {late:.2f}",
+    )
 
 
 CLAIMS = (
@@ -121,7 +126,7 @@ CLAIMS = (
     Claim(
         "obs-av-minilm",
         CHAPTER,
-        "In MiniLM slices make a bottleneck forget the domain, and networks of five steps make it tell more.",
+        "In MiniLM slices make a bottleneck forget the domain, networks of five steps make it tell more, of a hundred less.",
         "stored",
         text_encoders,
     ),

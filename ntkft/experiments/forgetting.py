@@ -27,6 +27,7 @@ ADULT += [("club", beta, inner) for inner in (1, 5) for beta in (0.03, 0.1, 0.3)
 MINILM = [("none", 0.0, 1)]
 MINILM += [(kind, beta, 1) for kind in ("slice", "whitened") for beta in (0.3, 1.0)]
 MINILM += [("renyi", beta, 5) for beta in (0.3, 1.0)]
+MINILM += [("renyi", 0.3, inner) for inner in (20, 100)]
 MINILM += [("club", beta, 5) for beta in (0.1, 0.3)]
 SETTINGS = {"toy": TOY, "adult": ADULT, "minilm": MINILM}
 OUTCOMES = {"toy": adversary_runs.outcome, "adult": adversary_runs.audited, "minilm": text_encoders.audited}
