@@ -226,7 +226,7 @@ def flat_in_sample(broken: bool = False) -> Verdict:
     return Verdict(bool(holds), "; ".join(told))
 
 
-def noise_brings_the_law_back(broken: bool = False) -> Verdict:
+def noise_brings_the_curves_together(broken: bool = False) -> Verdict:
     """Slopes of the closed-form risk of subsets against those of the large kernel, at 1 and at 64 times the noise."""
     result, near, far = full_result(CHAPTER), 0.0, np.inf
     for name in _drawn(result):
@@ -319,7 +319,7 @@ CLAIMS = (
         CHAPTER,
         "At 64 times the noise the slopes foretold from the large kernel and those of subsets agree to 0.05.",
         "stored",
-        noise_brings_the_law_back,
+        noise_brings_the_curves_together,
     ),
     Claim(
         "obs-ls-foretold",

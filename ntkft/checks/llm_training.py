@@ -139,7 +139,7 @@ def _column(name: str, rule: str) -> np.ndarray:
     return result.arrays[f"{name}_excess"][:, result.values["rules"].index(rule)]
 
 
-def average_predicts(broken: bool = False) -> Verdict:
+def average_describes(broken: bool = False) -> Verdict:
     """Stored runs: growth of the trace, and distance of the residual from the averaged and the fixed kernel's."""
     arrays = full_result(CHAPTER).arrays
     trace, gap = arrays["minilm_sgd_trace"], arrays["minilm_sgd_averaged_gap"][:, :, -2:]
@@ -242,9 +242,9 @@ CLAIMS = (
     Claim(
         "obs-lt-average",
         CHAPTER,
-        "MiniLM's kernel grows at least sixfold, and its average predicts the residual better than the kernel before training.",
+        "MiniLM's kernel grows at least sixfold, and its average describes the residual better than the kernel before training.",
         "stored",
-        average_predicts,
+        average_describes,
     ),
     Claim(
         "obs-lt-twin",
@@ -263,7 +263,7 @@ CLAIMS = (
     Claim(
         "obs-lt-classes",
         CHAPTER,
-        "Two classes: λ_1 grows fiftyfold; small steps fall, turn, and beat the fixed kernel; large ones jump on the way.",
+        "Two classes: λ_1 grows fiftyfold at some look; small steps fall, turn, beat the fixed kernel; large ones jump.",
         "stored",
         two_classes,
     ),

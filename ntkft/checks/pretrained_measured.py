@@ -104,7 +104,7 @@ CLAIMS = (
     Claim(
         "obs-pn-slopes",
         CHAPTER,
-        "The kernel's change falls like H^{-1/2} for equal heads, faster for independent ones.",
+        "The kernel's change falls like H^{-1/2} for equal heads, faster for independent Gaussian ones.",
         "stored",
         kernel_slopes,
     ),
