@@ -31,7 +31,9 @@ def runs():
         "start/kernel": features @ features.T,
         "start/scores": rng.standard_normal(size),
         "start/eta": np.full(len(family.labels), 2.0),
-    }
+        "start/step_size": np.array(0.5),
+        "joint-4/epochs": np.array([4, 16]),
+    } | {f"train-{label}/early": np.array(4 + (label == "nyt")) for label in family.labels}
     closed = {kind: predicted(family, data, kind) for kind in KINDS}
     for kind, vectors in closed.items():
         data |= simulated(family, vectors, data["start/scores"], kind)
@@ -87,11 +89,21 @@ def test_told_is_found(runs, kind):
     np.testing.assert_allclose(found, told, rtol=1e-9)
     assert told.shape == (4, 3, len(LINE) + 1) and (told[..., np.searchsorted(LINE, 0)] == 1).all()
     pairs = task_vectors.analogies(runs, kind)
-    np.testing.assert_allclose(pairs[:, 0], pairs[:, 1], rtol=1e-9)
+    np.testing.assert_allclose(pairs[:, :2], pairs[:, 3:], rtol=1e-9)
     own = [float(runs.vectors[kind].loss(k, runs.vectors[kind].moves[k], True)) for k in range(4)]
     zero = [float(runs.vectors[kind].loss(k, np.zeros(len(runs.family.texts)), True)) for k in range(4)]
     targets = [d for _, d in itertools.permutations(range(4), 2)]
-    np.testing.assert_allclose(pairs[:, 3], [own[d] / zero[d] for d in targets], rtol=1e-9)
+    np.testing.assert_allclose(pairs[:, 2], [own[d] / zero[d] for d in targets], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_the_clock_is_epochs_times_steps_times_step_size(runs, kind):
+    """All labels were trained for four epochs of one step of ½, the foretold time; one label for longer."""
+    longer = np.array([label == "nyt" for label in runs.family.labels])
+    np.testing.assert_allclose(runs.trained_time, np.where(longer, 2.5, 2.0))
+    clock = task_vectors.singles_by_clock(runs, kind)
+    np.testing.assert_allclose(clock[~longer], task_vectors.singles(runs, kind)[~longer], atol=1e-9)
+    assert (clock[longer][..., 1] > 1e-4).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,6 +124,7 @@ def test_planes_and_pairs(runs, kind):
 def test_joint_training_and_sums(runs):
     found = many_tasks.joint_training(runs)
     np.testing.assert_allclose(found["joint"], found["joint_told"], rtol=1e-9)
+    np.testing.assert_allclose(found["joint"], found["joint_clock"], rtol=1e-9)  # four epochs of ½ are the foretold time
     np.testing.assert_allclose(
         many_tasks.linear_losses(runs, "early"), many_tasks.losses(runs, runs.moved("sum-early"), "early")[0], rtol=1e-9
     )

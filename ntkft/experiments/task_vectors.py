@@ -8,6 +8,7 @@ before it trained. Comparing the two is done here, so the quick tier repeats the
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ntkft.arithmetic import FineTuning, TaskVectors
 from ntkft.descent import descend
 from ntkft.experiments.llm_kernels import DOMAINS
 from ntkft.experiments.result import resumable
-from ntkft.experiments.task_runs import KINDS, LINE, OVER, SCALES, Family, expansion
+from ntkft.experiments.task_runs import BATCH, KINDS, LINE, OVER, SCALES, Family, expansion
 from ntkft.readout import Readout
 from ntkft.tangent import linearise
 
@@ -50,6 +51,17 @@ class FamilyRuns:
             return None
         return cls(family, data, {kind: predicted(family, data, kind) for kind in KINDS})
 
+    @property
+    def trained_time(self) -> np.ndarray:
+        """Kernel time of each label's early training, epochs times steps times step size: (labels,)."""
+        epochs = np.array([self.data[f"train-{label}/early"] for label in self.family.labels])
+        return epochs * self.epoch_time
+
+    @property
+    def epoch_time(self) -> float:
+        """Kernel time of one epoch of a task."""
+        return float(self.data["start/step_size"]) * math.ceil(self.family.setting.n / BATCH)
+
     def moved(self, name: str) -> np.ndarray:
         """Return what a measurement changed in the scores of all texts, (..., N)."""
         return self.data[f"{name}/scores"] - self.data["start/scores"]
@@ -62,10 +74,10 @@ class FamilyRuns:
         return whole
 
 
-def predicted(family: Family, data: dict[str, np.ndarray], kind: str) -> TaskVectors:
-    """Return the vectors that the kernel predicts: at the time of the early stop, or `OVER` times it."""
+def predicted(family: Family, data: dict[str, np.ndarray], kind: str, times: np.ndarray | None = None) -> TaskVectors:
+    """Return the vectors that the kernel predicts: at `times` (its own early stops if None), or at `OVER` times them."""
     n, tunings = family.setting.n, []
-    for label, eta in zip(family.labels, data["start/eta"], strict=True):
+    for label, eta in zip(family.labels, data["start/eta"] if times is None else times, strict=True):
         rows, (y, truth) = family.rows(label), family.values(label)
         time = float(eta) * (OVER if kind == "over" else 1)
         tunings.append(FineTuning(rows[:n], y[:n], time, intercept=True, held_out=rows[n:], reference=truth[n:]))
@@ -80,7 +92,16 @@ def agreement(vectors: TaskVectors, task: int, told: np.ndarray, found: np.ndarr
 
 def singles(runs: FamilyRuns, kind: str) -> np.ndarray:
     """Return correlation and error of each vector's effect on each task's held-out texts: (labels, tasks, 2)."""
-    vectors, found, tasks = runs.vectors[kind], runs.moved(f"single-{kind}"), len(runs.family.setting.tasks)
+    return _agreements(runs, runs.vectors[kind], kind)
+
+
+def singles_by_clock(runs: FamilyRuns, kind: str) -> np.ndarray:
+    """Return the same for another prediction, at the kernel time that was trained; it needs to know the number of epochs."""
+    return _agreements(runs, predicted(runs.family, runs.data, kind, runs.trained_time), kind)
+
+
+def _agreements(runs: FamilyRuns, vectors: TaskVectors, kind: str) -> np.ndarray:
+    found, tasks = runs.moved(f"single-{kind}"), len(runs.family.setting.tasks)
     return np.array(
         [[agreement(vectors, a, vectors.moves[k], found[k]) for a in range(tasks)] for k in range(len(vectors))]
     )
@@ -133,15 +154,15 @@ def lines(runs: FamilyRuns, kind: str) -> dict[str, np.ndarray]:
 def analogies(runs: FamilyRuns, kind: str) -> np.ndarray:
     """Return the held-out loss on d of rating(s) - length(s) + length(d), in shares of that before training.
 
-    For each ordered pair of domains: (pairs, 4), by analogy as measured and as told, with the source's rating vector alone, and
-    with d's own rating vector.
+    For each ordered pair of domains: (pairs, 5), by analogy, with the source's rating vector alone, and with d's own rating
+    vector; then the first two as told.
     """
     vectors, family, label = runs.vectors[kind], runs.family, runs.family.labels.index
     alone, out = runs.moved(f"single-{kind}"), []
     for k, (s, d) in enumerate(itertools.permutations(DOMAINS, 2)):
         found = runs.moved_at(f"analogy-{kind}/scores", family.rows(d))[k]
         told = vectors.moves[label(s)] - vectors.moves[label(f"length-{s}")] + vectors.moves[label(f"length-{d}")]
-        moves = (found, told, alone[label(s)], alone[label(d)])
+        moves = (found, alone[label(s)], alone[label(d)], told, vectors.moves[label(s)])
         start = float(vectors.loss(label(d), np.zeros(len(told)), held_out=True))
         out.append([float(vectors.loss(label(d), move, held_out=True)) / start for move in moves])
     return np.array(out)
@@ -185,6 +206,8 @@ def run(tier: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]
             continue
         values |= {f"{model}_labels": list(chosen[0].family.labels), f"{model}_families": len(chosen)}
         arrays[f"{model}_single"] = np.array([[singles(r, kind) for kind in KINDS] for r in chosen])
+        arrays[f"{model}_single_clock"] = np.array([[singles_by_clock(r, kind) for kind in KINDS[:2]] for r in chosen])
+        arrays[f"{model}_clock"] = np.array([[r.data["start/eta"], r.trained_time] for r in chosen])
         arrays[f"{model}_sum"] = np.array([[sums(r, kind) for kind in KINDS] for r in chosen])
         along = [[lines(r, kind) for kind in KINDS] for r in chosen]
         arrays[f"{model}_line"] = np.array([[one["losses"] for one in row] for row in along])
