@@ -9,7 +9,7 @@ import itertools
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from ntkft.arithmetic import TaskVectors
 from ntkft.experiments.task_runs import KINDS, MERGES, SCALES
@@ -91,16 +91,24 @@ def pair_losses(runs: FamilyRuns, kind: str) -> dict[str, np.ndarray]:
     return dict(zip(("told", "found", "overlap", "size", "own", "other"), columns, strict=True))
 
 
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return Spearman's correlation of each row: all rows at once, which `scipy.stats.spearmanr` cannot."""
+    ranks = np.stack([rankdata(a, axis=-1), rankdata(b, axis=-1)])
+    ranks -= ranks.mean(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a constant row has none
+        return (ranks[0] * ranks[1]).sum(-1) / np.sqrt((ranks**2).sum(-1).prod(0))
+
+
 def rank_correlation(told: np.ndarray, found: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
     """Return Spearman's correlation, the mean over families (rows), and its 95 % interval over families and pairs resampled."""
     rng = np.random.default_rng(seed)
-    value = np.mean([spearmanr(t, f).statistic for t, f in zip(told, found, strict=True)])
     families, pairs = told.shape
-    drawn = []
-    for _ in range(draws):
-        pick = rng.integers(0, pairs, pairs)
-        again = rng.integers(0, families, size=(families,)).tolist()
-        drawn.append(np.mean([spearmanr(told[k][pick], found[k][pick]).statistic for k in again]))
+    value = np.mean(_spearman(told, found))
+    picks, again = np.empty((draws, pairs), int), np.empty((draws, families), int)
+    for k in range(draws):
+        picks[k], again[k] = rng.integers(0, pairs, pairs), rng.integers(0, families, families)
+    each = np.stack([_spearman(t[picks], f[picks]) for t, f in zip(told, found, strict=True)], axis=1)  # draws, families
+    drawn = np.take_along_axis(each, again, axis=1).mean(1)
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return float(value), float(low), float(high)
 
