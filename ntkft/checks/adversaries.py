@@ -187,41 +187,42 @@ def envelope_gradient(broken: bool = False) -> Verdict:
 CHAPTER = "adversaries"
 
 
-def _claim(label: str, statement: str, check: Callable[..., Verdict]) -> Claim:
+def numeric_claim(label: str, statement: str, check: Callable[..., Verdict]) -> Claim:
+    """Return an entry of this chapter whose check compares two computations."""
     return Claim(label, CHAPTER, statement, "numeric", check)
 
 
 CLAIMS = (
-    _claim(
+    numeric_claim(
         "thm-av-slices",
         "Z and T are independent exactly if all their slices are, and slices with information at most ε "
         "put the joint characteristic function within √(2ε) of the product.",
         slices_see_all_dependence,
     ),
-    _claim(
+    numeric_claim(
         "prop-av-joint",
         "The top correlation of joined features is at least that of every pair of blocks, grows with "
         "slices and degree, and is zero exactly if all features are uncorrelated.",
         joined_features_see_no_less,
     ),
-    _claim(
+    numeric_claim(
         "prop-av-powers",
         "Bounded variables are independent exactly if all their powers are uncorrelated.",
         powers_decide_independence,
     ),
-    _claim(
+    numeric_claim(
         "prop-av-cca",
         "The ridge correlation is a singular value, falls with the ridge, and is at most the correlation "
         "of its own weights.",
         ridge_correlation_in_closed_form,
     ),
-    _claim(
+    numeric_claim(
         "lem-av-bias",
         "For independent samples the squared sample correlations sum to pq/(n-1) in the mean; held out, "
         "a correlation has mean 0 and mean square 1/(m-1).",
         correlation_of_nothing,
     ),
-    _claim(
+    numeric_claim(
         "prop-av-envelope",
         "Where the top correlation is simple its gradient is that with the best weights held fixed.",
         envelope_gradient,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.polynomial import chebyshev
 from scipy import linalg, stats
 
-from ntkft.checks import Claim, Verdict
-from ntkft.checks.adversaries import as_tensor
+from ntkft.checks import Verdict
+from ntkft.checks.adversaries import as_tensor, numeric_claim
 from ntkft.descent import descend
 from ntkft.infomin.blindness import blindness, filter_shares, noise_spread, score
 from ntkft.infomin.cca import canonical
@@ -241,54 +239,47 @@ def features_are_a_filter(broken: bool = False) -> Verdict:
     )
 
 
-CHAPTER = "adversaries"
-
-
-def _claim(label: str, statement: str, check: Callable[..., Verdict]) -> Claim:
-    return Claim(label, CHAPTER, statement, "numeric", check)
-
-
 CLAIMS = (
-    _claim(
+    numeric_claim(
         "thm-av-score",
         "The adversary's score is a weighted sum of non-central chi-squares with the filter's shares as "
         "weights.",
         law_of_the_score,
     ),
-    _claim(
+    numeric_claim(
         "lem-av-density",
         "A weighted sum of squared normals has density at most 1/(2√(w₁w₂)), and 1/(2‖w‖) if no weight "
         "dominates.",
         density_of_weighted_squares,
     ),
-    _claim(
+    numeric_claim(
         "thm-av-blind",
         "A leak raises the power of the score above the false alarms by at most n/(2σ²) Σ s_j a_j²/N_j.",
         an_early_adversary_is_blind,
     ),
-    _claim(
+    numeric_claim(
         "cor-av-tail",
         "In the tail leaks up to 2γσ²N_j/(nηλ_j) raise the power by at most γ.",
         the_tail_is_not_seen,
     ),
-    _claim(
+    numeric_claim(
         "thm-av-seen",
         "A leak with s_j a_j² above (x_α+y_δ) standard deviations of the score, as stated, is detected.",
         a_large_leak_is_seen,
     ),
-    _claim(
+    numeric_claim(
         "prop-av-clock",
         "The sight along the top eigenvector only falls with time, along the last only rises, and in "
         "between a threshold in λ divides them.",
         best_time_for_each_direction,
     ),
-    _claim(
+    numeric_claim(
         "prop-av-encoder",
         "Against an adversary stopped at η the encoder keeps the share (1+βs_j/g_j)^{-2} of the leak "
         "along u_j.",
         what_the_encoder_keeps,
     ),
-    _claim(
+    numeric_claim(
         "prop-av-degree",
         "Polynomial features pass the part of the conditional mean in their span and nothing else: cos "
         "mΦ is invisible to powers of cos Φ below m.",
