@@ -1,4 +1,4 @@
-"""The book's own Sphinx extension: where outputs are cached, the table of costs, macros for LaTeX, links to Colab.
+"""The book's own Sphinx extension: where outputs are cached, the table of costs, macros for LaTeX, links to Colab, typography.
 
 MyST-NB keys its cache on the code cells alone, so an edit of `ntkft/` would show stale outputs. Here the cache folder is named
 after a hash of the package, the lock and the stored results.
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import book_state
+import typography
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
@@ -35,6 +36,13 @@ def set_latex_macros(app: Sphinx, config: Config) -> None:
         lines.append(rf"\providecommand{{\{name}}}{{}}\renewcommand{{\{name}}}{count}{{{text}}}")
     preamble = config.latex_elements.get("preamble", "")
     config.latex_elements["preamble"] = "\n".join([preamble, *lines])
+
+
+def set_type(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Apply `typography` to a page of the HTML book."""
+    if app.builder.format == "html":
+        typography.true_minus(doctree)
+        typography.keep_together(doctree)
 
 
 class ExecutionCosts(SphinxDirective):
@@ -103,5 +111,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", set_cache_path)
     app.connect("config-inited", skip_hidden_folders)
     app.connect("config-inited", set_latex_macros)
+    app.connect("doctree-resolved", set_type, priority=900)
     app.connect("html-page-context", link_colab, priority=900)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}

@@ -23,7 +23,6 @@ Example
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from ntkft.errors import InputError
 from ntkft.files import atomic_path
 from ntkft.monitor import twin_risk
 from ntkft.ntk import Kernel, empirical_ntk
+from ntkft.printed import entry, sentence
 from ntkft.readout import Readout
 from ntkft.spectrum import Spectrum, require_positive
 from ntkft.stopping import discrepancy_rule, rademacher_rule, sure_rule, time_grid
@@ -115,7 +115,7 @@ class Advice:
             more = "AdamW has no kernel time before it trains; for plain SGD the epochs are below"
         else:
             answer = f"after {short_number(self.epochs)} epochs = {self.steps:,} steps of {self.batch_size} texts"
-            more = f"or, if it comes first, when the training error (mean square) has fallen to {self.stop_error:.4g}"
+            more = f"or, if it comes first, at a training error (mean square) of {self.stop_error:.4g}"
         lr = f"{self.step_size:.4g} ({'suggested' if self.suggested else 'given'}) on {torch_name}"
         head = [
             ("stop", answer),
@@ -124,13 +124,12 @@ class Advice:
             ("learning rate", f"{lr}; SGD diverges from {self.largest_step:.4g} on"),
             ("texts", f"{self.n:,}" + ("" if self.used == self.n else f", {self.used:,} of them in the kernel")),
         ]
-        lines = [f"{key:<15}{value}" for key, value in head]
+        lines = [entry(key, value) for key, value in head]
         lines += ["", f"{'rule':<15}{'kernel time':>12}{'steps':>12}{'epochs':>12}"]
         for name, row in self.rules.items():
             label = f"{name}, R={self.norm:g}" if name == "rademacher" else name
             lines.append(f"{label:<15}{row['eta']:>12.4g}{row['steps']:>12,}{short_number(row['epochs']):>12}")
-        notes = (textwrap.fill(f"Note: {text}", 98, subsequent_indent="      ") for text in self.warnings)
-        return "\n".join([*lines, *(f"\n{note}" for note in notes)])
+        return "\n".join([*lines, *("\n" + sentence(f"Note: {text}", 6) for text in self.warnings)])
 
     def plot(self, path: str | Path | None = None, *, ax: Any = None) -> Any:
         """Draw training error and estimated risk against kernel time, with the stops; write it to `path` if given.

@@ -15,6 +15,7 @@ import typer
 
 import ntkft
 from ntkft.errors import InputError
+from ntkft.printed import plan_entry
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DATA_HELP = "amazon, movies, nyt, tweets, reuters, newsgroups, a CSV/JSONL path, or hf:ID."
@@ -148,10 +149,7 @@ def stop(
         part = task.subset(range(min(n, len(task))))  # load_task has shuffled them
         plan = ntkft.empirical_ntk(made, part.texts, memory=memory, plan_only=True)
         if not as_json:
-            typer.echo(
-                f"{'plan':<15}kernel of {len(part):,} of {len(task):,} texts, {plan.parameters:,} parameters:"
-                f" about {plan.seconds:.0f} s and {plan.peak_bytes / 1e6:,.0f} MB beside the model"
-            )
+            typer.echo(plan_entry(f"{len(part):,} of {len(task):,}", plan))
         found = ntkft.empirical_ntk(made, part.texts, memory=memory, progress=sys.stderr.isatty())
         if save_kernel is not None:
             found.save(save_kernel)

@@ -24,6 +24,7 @@ from ntkft.cli_stop import (
     say,
 )
 from ntkft.errors import InputError
+from ntkft.printed import plan_entry
 
 
 def tasks(
@@ -78,10 +79,7 @@ def tasks(
     texts = [text for task in loaded for text in task.texts]
     plan = ntkft.empirical_ntk(made, texts, memory=memory, plan_only=True)
     if not as_json:
-        typer.echo(
-            f"{'plan':<15}kernel of {len(texts):,} texts, {plan.parameters:,} parameters:"
-            f" about {plan.seconds:.0f} s and {plan.peak_bytes / 1e6:,.0f} MB beside the model\n"
-        )
+        typer.echo(plan_entry(f"{len(texts):,}", plan) + "\n")
     vectors = [_vector(each, made) for each in vector] if vector else None
     levels: Any = None if not sigma else (sigma[0] if len(sigma) == 1 else sigma)
     report = task_report(

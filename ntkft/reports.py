@@ -28,6 +28,7 @@ from ntkft.files import atomic_path
 from ntkft.interference import interference, overlap
 from ntkft.multitask import Joint
 from ntkft.ntk import Kernel, empirical_ntk
+from ntkft.printed import sentence
 from ntkft.readout import Readout
 from ntkft.task_vectors import TaskVector
 from ntkft.tasks import Task
@@ -124,7 +125,7 @@ class TaskReport:
             lines += ["", "the same, measured with the given vectors"]
             lines += _matrix(self.names, 100 * self.measured["interference"], width)
         lines += ["", "overlap of the tasks' gradients (%), from texts alone", *_matrix(self.names, 100 * self.overlap, width)]
-        return "\n".join([*lines, "", *self.recommendation()])
+        return "\n".join([*lines, "", *(sentence(line, 2) for line in self.recommendation())])
 
     def plot(self, path: str | Path | None = None, ax: Any = None) -> Any:
         """Draw the interference as a heat map; write it to `path` (.png, .svg, .pdf) if given, and return the axes.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ntkft
-from ntkft import Kernel, Task, stopping
+from ntkft import Kernel, Task, printed, stopping
 from ntkft.advice import LOSSES, RULES, WholePath, drift_probe, stopping_advice
 from ntkft.errors import InputError
 from ntkft.files import sha256_text
@@ -220,6 +220,7 @@ def test_text_and_json_tell_the_same():
     assert values["warnings"] == list(advice.warnings) and "curves" not in values
     text = str(advice)
     assert text.startswith("stop ") and f"= {advice.steps:,} steps of 16 texts" in text and "σ = 0.4 (given)" in text
+    assert advice.warnings and max(map(len, text.splitlines())) <= printed.WIDTH
     flat = " ".join(text.split())
     assert all(" ".join(note.split()) in flat for note in advice.warnings) and text.count("Note: ") == len(advice.warnings)
     adam = str(stopping_advice(None, task, kernel=kernel, optimizer="adamw"))

@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 bs4 = pytest.importorskip("bs4", reason="the book's requirements are not installed")
 book_state = pytest.importorskip("book_state", reason="the book's requirements are not installed")
 import make_notebooks  # noqa: E402
+import typography  # noqa: E402
+from docutils import nodes  # noqa: E402
 
 PAGES = book_state.pages(ROOT)
 SETTINGS = book_state.config(ROOT)
@@ -436,3 +438,40 @@ def test_the_lock_is_full_and_portable() -> None:
     asked = re.findall(r"^([A-Za-z][\w.-]*)", (ROOT / "requirements.in").read_text(), flags=re.MULTILINE)
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in asked} <= pinned
     assert "torch==2.13.0" in lines and "ntkft" not in pinned
+
+
+# --- Typography ------------------------------------------------------------------------------------------------------------
+
+
+def paragraph(*children: Any) -> Any:
+    """Return a paragraph of strings and formulas; a formula is a tuple."""
+    return nodes.paragraph(
+        "", "", *(nodes.Text(c) if isinstance(c, str) else nodes.math("", *c) if isinstance(c, tuple) else c for c in children)
+    )
+
+
+@pytest.mark.parametrize(
+    ("children", "held"),
+    [
+        (("for all (", ("n",), "), and ", ("k",), "-th of"), ["(n),", "k-th"]),
+        ((("a",), "/", ("b",), " is", " ", ("c",)), ["a/b"]),
+        ((("p",), "\xa0% of"), ["p\xa0%"]),
+        ((("d",), "-dimensionally ", nodes.emphasis("", "x"), ("y",), ";"), ["y;"]),
+    ],
+)
+def test_a_formula_keeps_its_comma(children, held) -> None:
+    whole = paragraph(*children)
+    before = whole.astext()
+    typography.keep_together(whole)
+    spans = [span for span in whole.findall(nodes.inline) if "together" in span["classes"]]
+    assert [span.astext() for span in spans] == held
+    assert whole.astext() == before
+
+
+def test_numbers_in_tables_and_glued_ones_have_a_minus() -> None:
+    glued = nodes.inline("", "-0.668 of minilm-4 (-3)", classes=["pasted-text"])
+    cell = nodes.entry("", paragraph("-1.0 to -0.5, 1e-05", ("a-1",)), nodes.literal("", "-1"))
+    page = nodes.section("", paragraph("pages 3-4, -7 ", glued), cell)
+    typography.true_minus(page)
+    assert glued.astext() == "−0.668 of minilm-4 (−3)"
+    assert cell.astext() == "−1.0 to −0.5, 1e-05a-1\n\n-1" and page[0][0].astext() == "pages 3-4, -7 "

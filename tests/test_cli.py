@@ -320,10 +320,10 @@ def test_stop_computes_a_kernel_with_the_plan_first(kernel_file, call, tmp_path)
     code, out, _ = call("stop", *own_data(path), "--save-kernel", tmp_path / "k.npz", "--check-drift")
     lines = out.splitlines()
     assert code == 0 and re.match(r"plan +kernel of 4 of 4 texts, 22,565,760 parameters: about \d+ s", lines[0])
-    assert lines[1].startswith("stop ") and "(estimated)" in out and "After kernel time" in out
+    assert lines[2].startswith("stop ") and "(estimated)" in out and "After kernel time" in out
     assert ntkft.Kernel.load(tmp_path / "k.npz").n == 4
     again = call("stop", *own_data(path), "--kernel", tmp_path / "k.npz")[1]
-    assert again.splitlines()[0] == lines[1]
+    assert again.splitlines()[0] == lines[2]
 
 
 def test_stop_refuses_in_one_line_before_it_computes(kernel_file, call, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ntkft
-from ntkft import cli, cli_tasks
+from ntkft import cli, cli_tasks, printed
 from ntkft.errors import InputError
 from ntkft.reports import task_report
 from ntkft.task_vectors import TaskVector
@@ -85,6 +85,8 @@ def test_a_kernel_given_is_the_kernel_computed(readout, tasks, report):
 
 def test_recommendation_names_the_least_loss(report):
     words = report.recommendation()
+    assert len(words[-1]) > printed.WIDTH >= max(map(len, str(report).splitlines()))
+    assert words[-1] in " ".join(str(report).split())
     means = {"keep": report.alone.mean(), "add": report.sums[report.best_scale].mean(), "train": report.joint.mean()}
     assert words[-1].startswith(f"Best: {min(means, key=means.get)}")
     assert report.best_scale in report.sums

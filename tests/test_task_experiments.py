@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 import ntkft
 from ntkft.arithmetic import FineTuning, TaskVectors
@@ -156,6 +157,12 @@ def test_rank_correlation_of_one_order_is_one_and_its_interval_holds_the_truth()
     assert many_tasks.rank_correlation(told, told**3)[0] == pytest.approx(1)
     value, low, high = many_tasks.rank_correlation(told, told + rng.standard_normal((3, 30)), draws=300)
     assert low < value < high and 0.3 < value < 0.9
+
+
+def test_rank_correlation_gives_ties_their_mean_rank():
+    told, found = np.random.default_rng(0).integers(0, 4, (2, 3, 30)).astype(float)
+    expected = np.mean([spearmanr(t, f).statistic for t, f in zip(told, found, strict=True)])
+    assert many_tasks.rank_correlation(told, found, draws=10)[0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_tangent_vectors_do_in_the_linearised_model_what_the_kernel_says():

@@ -18,7 +18,7 @@ from ntkft.tabular import load_adult
 # (penalty, β, steps of the adversary for each step of the encoder)
 TOY = [("slice", beta, 1) for beta in (5.0, 20.0)]
 TOY += [("renyi", beta, inner) for inner in (1, 5) for beta in (5.0, 20.0)]
-TOY += [("club", beta, inner) for inner in (1, 5) for beta in (0.01, 0.05, 0.2, 1.0)]
+TOY += [("club", beta, inner) for inner in (1, 5) for beta in (0.01, 0.05, 0.2, 1.0, 5.0, 20.0)]
 ADULT = [("none", 0.0, 1)]
 ADULT += [(kind, beta, 1) for kind in ("slice", "whitened") for beta in (0.1, 0.3, 1.0, 3.0)]
 ADULT += [("renyi", beta, inner) for inner in (1, 5) for beta in (0.1, 0.3, 1.0, 3.0)]

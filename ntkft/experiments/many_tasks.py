@@ -120,11 +120,11 @@ def joint_training(runs: FamilyRuns) -> dict[str, np.ndarray]:
     joint training really took; it needs to know the number of epochs.
     """
     domains = runs.vectors["early"]
-    four = TaskVectors(domains.matrix, domains.tunings[:4], domains.scores)
+    four = Joint(TaskVectors(domains.matrix, domains.tunings[:4], domains.scores))
     real = losses(runs, runs.moved("joint-4"), "early")[0, :4]
-    eta = float(np.mean([t.eta for t in four.tunings]))
+    eta = float(np.mean([t.eta for t in domains.tunings[:4]]))
     clock = float(runs.data["joint-4/epochs"][0]) * runs.epoch_time
-    told, by_clock = (losses(runs, Joint(four).move(time), "early")[:4] for time in (eta, clock))
+    told, by_clock = (losses(runs, four.move(time), "early")[:4] for time in (eta, clock))
     return {"joint": real, "joint_told": told, "joint_clock": by_clock}
 
 

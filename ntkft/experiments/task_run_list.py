@@ -19,7 +19,7 @@ from ntkft.experiments.task_runs import KINDS, MEASURES, Family
 from ntkft.files import atomic_path, read_json, write_json
 from ntkft.provenance import code_hash, manifest
 
-FAMILIES = [*(Family("minilm", seed) for seed in range(4)), Family("smollm2", 0)]  # wanted: MiniLM with five seeds
+FAMILIES = [*(Family("minilm", seed) for seed in range(5)), Family("smollm2", 0)]
 FOLDER = RESULTS / "task_vectors" / "runs"
 
 
