@@ -49,10 +49,10 @@ def toy_at_equal_time(broken: bool = False) -> Verdict:
     slices, club = of("slice", 1), of("club", 1)
     if broken:
         slices, club = club, slices
-    late = of("club", 5).min()
+    least = np.median([*club, *of("club", 5)], axis=1).min()
     holds = slices.max() < 1 / 200 and of("renyi", 1).max() < 1e-3 and of("renyi", 5).max() < 1 / 20
-    holds &= min(club.min(), late) > 1 / 100
-    evidence = f"slices at most {slices.max():.4f} nats, CLUB at least {club.min():.3f}, {late:.2f} with five steps"
+    holds &= least > 1 / 100
+    evidence = f"slices at most {slices.max():.4f} nats, CLUB's medians at least {least:.3f}"
     return Verdict(bool(holds), evidence)
 
 
@@ -112,7 +112,7 @@ CLAIMS = (
     Claim(
         "obs-av-toy",
         CHAPTER,
-        "At equal time slices and networks forget in the toy, and CLUB does not.",
+        "At equal time slices and networks have forgotten in the toy, and CLUB has not.",
         "stored",
         toy_at_equal_time,
     ),
