@@ -23,7 +23,10 @@ def true_minus(document: nodes.Element) -> None:
 
 
 def keep_together(document: nodes.Element) -> None:
-    """Hold an inline formula and what touches it in one line: a browser would break between it and its comma."""
+    """Hold an inline formula and what touches it in one line: a browser would break between it and its comma.
+
+    Only words are held, not a link or emphasis beside the formula.
+    """
     for parent in {id(math.parent): math.parent for math in document.findall(nodes.math)}.values():
         children = list(_held(parent.children))
         parent.clear()

@@ -1,4 +1,4 @@
-"""How reports are printed: keys in a column, and lines that fit a terminal and a page of the book.
+"""How reports are printed: keys in a column, and lines that fit a page of the book.
 
 Example
 -------
@@ -22,12 +22,18 @@ KEY = 15  # characters of the column of keys
 
 def entry(key: str, text: str) -> str:
     """Return a key and what it says; further lines are indented as far as the first."""
-    return textwrap.fill(text, WIDTH, initial_indent=f"{key:<{KEY}}", subsequent_indent=" " * KEY)
+    return _filled(text, f"{key:<{KEY}}", KEY)
 
 
 def sentence(text: str, indent: int) -> str:
     """Return a sentence in lines, all but the first of them indented."""
-    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent)
+    return _filled(text, "", indent)
+
+
+def _filled(text: str, first: str, indent: int) -> str:
+    """Return text in lines; options and names of models stay whole, so that they can be copied."""
+    lines = textwrap.TextWrapper(WIDTH, first, " " * indent, break_long_words=False, break_on_hyphens=False)
+    return lines.fill(text)
 
 
 def plan_entry(texts: str, plan: Plan) -> str:

@@ -227,6 +227,12 @@ def test_text_and_json_tell_the_same():
     assert "when the training error (mean square) has fallen to" in adam.splitlines()[0]
 
 
+def test_options_and_names_are_printed_whole():
+    name = "HuggingFaceTB/" + "x" * printed.WIDTH
+    lines = printed.sentence(f"{'word ' * 15}--check-drift measures {name} and more", 4).splitlines()
+    assert len(lines) == 4 and lines[1].startswith("    --check-drift") and lines[2] == f"    {name}"
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_figure(tmp_path, suffix):
     task, kernel = problem(size=5.0)

@@ -319,6 +319,14 @@ def test_formulas_need_no_network(html: Path) -> None:
 
 
 @pytest.mark.slow
+def test_formulas_keep_their_commas_and_numbers_have_a_minus(html: Path) -> None:
+    page = soup((html / "chapters/rates.html").read_text(encoding="utf-8"))
+    assert any(span.get_text().endswith(",") for span in page.select("span.together:has(.math)"))
+    assert any(span.get_text().startswith("−") for span in page.select(".pasted-text"))
+    assert not any(span.get_text().startswith("-") for span in page.select(".pasted-text"))
+
+
+@pytest.mark.slow
 def test_pages_name_no_folder_of_this_machine(html: Path) -> None:
     for page in PAGES:
         assert str(ROOT) + os.sep not in (html / f"{page}.html").read_text(encoding="utf-8")

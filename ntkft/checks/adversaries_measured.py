@@ -112,7 +112,7 @@ CLAIMS = (
     Claim(
         "obs-av-toy",
         CHAPTER,
-        "At equal time slices and networks have forgotten in the toy, and CLUB has not.",
+        "At equal time slices and networks have forgotten in the toy, and CLUB has not in the median.",
         "stored",
         toy_at_equal_time,
     ),
