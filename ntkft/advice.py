@@ -38,7 +38,7 @@ from ntkft.errors import InputError
 from ntkft.files import atomic_path
 from ntkft.monitor import twin_risk
 from ntkft.ntk import Kernel, empirical_ntk
-from ntkft.printed import entry, sentence
+from ntkft.printed import KEY, entry, sentence
 from ntkft.readout import Readout
 from ntkft.spectrum import Spectrum, require_positive
 from ntkft.stopping import discrepancy_rule, rademacher_rule, sure_rule, time_grid
@@ -125,10 +125,10 @@ class Advice:
             ("texts", f"{self.n:,}" + ("" if self.used == self.n else f", {self.used:,} of them in the kernel")),
         ]
         lines = [entry(key, value) for key, value in head]
-        lines += ["", f"{'rule':<15}{'kernel time':>12}{'steps':>12}{'epochs':>12}"]
+        lines += ["", f"{'rule':<{KEY}}{'kernel time':>12}{'steps':>12}{'epochs':>12}"]
         for name, row in self.rules.items():
             label = f"{name}, R={self.norm:g}" if name == "rademacher" else name
-            lines.append(f"{label:<15}{row['eta']:>12.4g}{row['steps']:>12,}{short_number(row['epochs']):>12}")
+            lines.append(f"{label:<{KEY}}{row['eta']:>12.4g}{row['steps']:>12,}{short_number(row['epochs']):>12}")
         return "\n".join([*lines, *("\n" + sentence(f"Note: {text}", 6) for text in self.warnings)])
 
     def plot(self, path: str | Path | None = None, *, ax: Any = None) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the command line loads this module before anything heavy
     from ntkft.ntk.plan import Plan
 
-__all__ = ["WIDTH", "entry", "plan_entry", "sentence"]
+__all__ = ["KEY", "WIDTH", "entry", "plan_entry", "sentence"]
 
 WIDTH = 84  # characters in a line
 KEY = 15  # characters of the column of keys

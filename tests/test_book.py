@@ -451,20 +451,23 @@ def test_the_lock_is_full_and_portable() -> None:
 # --- Typography ------------------------------------------------------------------------------------------------------------
 
 
+def formula(text: str) -> Any:
+    """Return an inline formula."""
+    return nodes.math("", text)
+
+
 def paragraph(*children: Any) -> Any:
-    """Return a paragraph of strings and formulas; a formula is a tuple."""
-    return nodes.paragraph(
-        "", "", *(nodes.Text(c) if isinstance(c, str) else nodes.math("", *c) if isinstance(c, tuple) else c for c in children)
-    )
+    """Return a paragraph of strings and nodes."""
+    return nodes.paragraph("", "", *(nodes.Text(c) if isinstance(c, str) else c for c in children))
 
 
 @pytest.mark.parametrize(
     ("children", "held"),
     [
-        (("for all (", ("n",), "), and ", ("k",), "-th of"), ["(n),", "k-th"]),
-        ((("a",), "/", ("b",), " is", " ", ("c",)), ["a/b"]),
-        ((("p",), "\xa0% of"), ["p\xa0%"]),
-        ((("d",), "-dimensionally ", nodes.emphasis("", "x"), ("y",), ";"), ["y;"]),
+        (("for all (", formula("n"), "), and ", formula("k"), "-th of"), ["(n),", "k-th"]),
+        ((formula("a"), "/", formula("b"), " is", " ", formula("c")), ["a/b"]),
+        ((formula("p"), "\xa0% of"), ["p\xa0%"]),
+        ((formula("d"), "-dimensionally ", nodes.emphasis("", "x"), formula("y"), ";"), ["y;"]),
     ],
 )
 def test_a_formula_keeps_its_comma(children, held) -> None:
@@ -478,7 +481,7 @@ def test_a_formula_keeps_its_comma(children, held) -> None:
 
 def test_numbers_in_tables_and_glued_ones_have_a_minus() -> None:
     glued = nodes.inline("", "-0.668 of minilm-4 (-3)", classes=["pasted-text"])
-    cell = nodes.entry("", paragraph("-1.0 to -0.5, 1e-05", ("a-1",)), nodes.literal("", "-1"))
+    cell = nodes.entry("", paragraph("-1.0 to -0.5, 1e-05", formula("a-1")), nodes.literal("", "-1"))
     page = nodes.section("", paragraph("pages 3-4, -7 ", glued), cell)
     typography.true_minus(page)
     assert glued.astext() == "−0.668 of minilm-4 (−3)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -18,10 +17,12 @@ from ntkft.multitask import Joint
 from ntkft.spectrum import Spectrum
 
 CHAPTER = "many_tasks"
+
+
 E = np.e
 
 
-def _parts(sizes: tuple[int, ...]) -> list[np.ndarray]:
+def task_rows(sizes: tuple[int, ...]) -> list[np.ndarray]:
     """Return the rows of tasks of these sizes, one after the other."""
     return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 
@@ -34,8 +35,9 @@ def _flow(phi: np.ndarray, y: np.ndarray, eta: float) -> np.ndarray:
     return expm(eta * generator)[:p, p]
 
 
-def _tasks(phi: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], eta: float) -> TaskVectors:
-    return TaskVectors(phi @ phi.T, [FineTuning(r, y[r], eta) for r in _parts(sizes)])
+def joint_tasks(phi: np.ndarray, y: np.ndarray, sizes: tuple[int, ...], eta: float) -> TaskVectors:
+    """Return tasks of these sizes, one after the other, that all train for one kernel time."""
+    return TaskVectors(phi @ phi.T, [FineTuning(r, y[r], eta) for r in task_rows(sizes)])
 
 
 def cross_talk(broken: bool = False) -> Verdict:
@@ -44,8 +46,8 @@ def cross_talk(broken: bool = False) -> Verdict:
     for seed, common in product(range(8), (0.0, 1.0, 4.0)):
         rng = np.random.default_rng(seed)
         phi = rng.standard_normal((9, 14)) + common * rng.standard_normal(14)
-        y, (a, b) = rng.standard_normal(9) + 1, _parts((4, 5))
-        vectors, tau = _tasks(phi, y, (4, 5), 0.7), _flow(phi[b], y[b], 0.7)
+        y, (a, b) = rng.standard_normal(9) + 1, task_rows((4, 5))
+        vectors, tau = joint_tasks(phi, y, (4, 5), 0.7), _flow(phi[b], y[b], 0.7)
         talk = np.sqrt(((phi[a] @ tau) ** 2).mean())
         inside = np.linalg.norm(np.linalg.pinv(phi[a]) @ phi[a] @ tau)
         top = np.linalg.eigvalsh(phi[a] @ phi[a].T / 4)[-1]
@@ -71,13 +73,13 @@ def noise_talk(broken: bool = False) -> Verdict:
     worst, holds, sigma = 0.0, True, 0.8
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        phi, (a, b), last = rng.standard_normal((10, 11)), _parts((4, 6)), 0.0
+        phi, (a, b), last = rng.standard_normal((10, 11)), task_rows((4, 6)), 0.0
         _, root, right = np.linalg.svd(phi[b] / 6**0.5, full_matrices=False)
         q = ((phi[a] @ right.T) ** 2).mean(0)
         for eta in (0.1, 1.0, 30.0):
             share = 1 - np.exp(-eta * root**2)
             formula = sigma**2 / 6 * (share ** (1 if broken else 2) / root**2 * q).sum()
-            silent = _tasks(phi, np.zeros(10), (4, 6), eta)
+            silent = joint_tasks(phi, np.zeros(10), (4, 6), eta)
             sizes = []
             for signs in product((-1.0, 1.0), repeat=6):
                 noisy = [silent.tunings[0], replace(silent.tunings[1], y=sigma * np.array(signs))]
@@ -100,13 +102,13 @@ def sum_is_joint(broken: bool = False) -> Verdict:
         r[[2, 5]] = 0.3 if broken else 0.0
         holds &= bool(np.abs(phi[:3] @ phi[3:].T).max() > 0.2)
         for eta in (0.3, 4.0):
-            joint, _, added = Joint(_tasks(phi, r, (3, 3), eta)).residuals(eta)
+            joint, _, added = Joint(joint_tasks(phi, r, (3, 3), eta)).residuals(eta)
             worst = max(worst, float(np.abs(joint - added).max()))
     x, r = np.random.default_rng(9).standard_normal((2, 3, 3))
     both, labels = np.concatenate([x, x]), np.concatenate([r[0], -r[0]])  # one task, and its opposite
-    vectors = _tasks(both, labels, (3, 3), 1.0)
+    vectors = joint_tasks(both, labels, (3, 3), 1.0)
     together, _, added = Joint(vectors).residuals(1.0)
-    apart, _, other = Joint(_tasks(both, labels * np.r_[1, 1, 1, -1, -1, -1], (3, 3), 1.0)).residuals(1.0)
+    apart, _, other = Joint(joint_tasks(both, labels * np.r_[1, 1, 1, -1, -1, -1], (3, 3), 1.0)).residuals(1.0)
     holds &= bool(np.abs(together - added).max() < 1e-12 and np.abs(apart - other).max() > 0.01)
     holds &= bool(interference.cross_talk_sizes(vectors)[0, 1] > 0.01)
     return Verdict(bool(holds and worst < 1e-12), f"sum and joint training agree to {worst:.0e}")
@@ -128,9 +130,9 @@ def duhamel(broken: bool = False) -> Verdict:
         root = np.sqrt(np.repeat(sizes, sizes))
         scaled = phi / root[:, None]
         whole = scaled @ scaled.T
-        inner = block_diag(*[whole[np.ix_(p, p)] for p in _parts(sizes)])
+        inner = block_diag(*[whole[np.ix_(p, p)] for p in task_rows(sizes)])
         off, start = whole - inner, r / root
-        added = start - scaled @ sum(_flow(phi[p], r[p], eta) for p in _parts(sizes))
+        added = start - scaled @ sum(_flow(phi[p], r[p], eta) for p in task_rows(sizes))
         joint = start - scaled @ _flow(scaled * 12**0.5, start * 12**0.5, eta)
 
         integrand = partial(_duhamel_integrand, whole, inner, off, start, eta)
@@ -138,11 +140,11 @@ def duhamel(broken: bool = False) -> Verdict:
         worst = max(worst, float(np.abs(added - joint + (-1 if broken else 1) * integral).max()))
         top, size = float(np.linalg.norm(whole, 2)), float(np.linalg.norm(off, 2) * np.linalg.norm(start))
         gap = float(np.linalg.norm(added - joint))
-        measured, bound = Joint(_tasks(phi, r, sizes, eta)).sum_against_joint(eta)
+        measured, bound = Joint(joint_tasks(phi, r, sizes, eta)).sum_against_joint(eta)
         holds &= abs(measured - gap) < 1e-9 and gap <= bound * (1 + 1e-6)
         holds &= bound <= size * min(eta, eta**2 * top / 2) * (1 + 1e-6)
         tightest = max(tightest, gap / bound)
-        early = Joint(_tasks(phi, r, sizes, 1e-4)).residuals(1e-4)
+        early = Joint(joint_tasks(phi, r, sizes, 1e-4)).residuals(1e-4)
         second = -(1e-4**2) / 2 * whole @ off @ start
         holds &= bool(np.linalg.norm(early[2] - early[0] - second) <= 1e-2 * np.linalg.norm(second))
     return Verdict(
@@ -159,8 +161,8 @@ def disentangled(broken: bool = False) -> Verdict:
     worst, holds, tightest = 0.0, True, 0.0
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        phi, y, (a, b) = rng.standard_normal((9, 7)), rng.standard_normal(9), _parts((4, 5))
-        vectors = _tasks(phi, y, (4, 5), 0.8)
+        phi, y, (a, b) = rng.standard_normal((9, 7)), rng.standard_normal(9), task_rows((4, 5))
+        vectors = joint_tasks(phi, y, (4, 5), 0.8)
         taus = [_flow(phi[p], y[p], 0.8) for p in (a, b)]
         half = rng.standard_normal((9, 7, 7))
         hessian = 0.2 * (half + half.transpose(0, 2, 1))
@@ -190,118 +192,6 @@ def disentangled(broken: bool = False) -> Verdict:
     )
 
 
-def peierls(broken: bool = False) -> Verdict:
-    """Σφ(λ_i) <= Σφ(u_i'Au_i) for concave φ, random matrices and bases; a convex φ turns it around."""
-    functions: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
-        lambda x: np.minimum(x, 1.0),
-        lambda x: x / (1 + x),
-        lambda x: -np.expm1(-x),
-        np.sqrt,
-    )
-    least = np.inf
-    if broken:
-        functions = (np.square,)
-    for seed, phi in product(range(10), functions):
-        rng = np.random.default_rng(seed)
-        m = rng.standard_normal((7, 5))
-        basis = np.linalg.qr(rng.standard_normal((7, 7)))[0]
-        lam = np.clip(np.linalg.eigvalsh(m @ m.T / 5), 0, None)
-        seen = np.einsum("ji,jk,ki->i", basis, m @ m.T / 5, basis)
-        least = min(least, float(phi(seen).sum() - phi(lam).sum()))
-    return Verdict(bool(least >= -1e-6), f"the right side is larger by at least {least:.2g}")
-
-
-def sharing(broken: bool = False) -> Verdict:
-    """Active dimension and critical radius of the joint kernel against those of the blocks; a convex count fails."""
-    holds, largest = True, 0.0
-    for seed in range(12):
-        rng = np.random.default_rng(seed)
-        sizes = tuple(int(k) for k in rng.integers(2, 9, 3))
-        phi = (rng.standard_normal((sum(sizes), 12)) + rng.uniform(0, 2)) * np.arange(1, 13) ** -0.7
-        joint = Joint(_tasks(phi, np.ones(sum(sizes)), sizes, 1.0))
-        together, apart = joint.spectrum.eigenvalues, joint.separate_spectrum.eigenvalues
-        for eta in np.geomspace(0.01, 1e4, 25):
-            count = [np.minimum(eta * lam, 1) for lam in (together, apart)]
-            left, right = (
-                ((eta * lam) ** 2).sum() if broken else c.sum()
-                for c, lam in zip(count, (together, apart), strict=True)
-            )
-            holds &= left <= right * (1 + 1e-9)
-        smooth = [(lam / (1 + lam)).sum() for lam in (together, apart)]
-        holds &= smooth[0] < smooth[1]  # strictly concave, and the tasks do share
-        for sigma in (0.05, 1.0):
-            radii = [Spectrum(lam).critical_radius(sigma) for lam in (together, apart)]
-            holds &= radii[0] <= radii[1] * (1 + 1e-9)
-            largest = max(largest, radii[1] / radii[0])
-    return Verdict(bool(holds), f"separate radii are up to {largest:.2f} times the joint one")
-
-
-def joint_guarantee(broken: bool = False) -> Verdict:
-    """The exact mean over tasks of the risk, with unequal tasks, against (1/2e + 1/4e²)R²ε̂²; two hundred stops fail."""
-    worst, sigma = 0.0, 0.5
-    for seed, sizes in product(range(6), ((12, 12), (5, 9, 16))):
-        rng = np.random.default_rng(seed)
-        n, tasks = sum(sizes), len(sizes)
-        phi = (rng.standard_normal((n, 40)) + 0.3) * np.arange(1, 41) ** -0.6
-        goal = rng.standard_normal(40)
-        goal /= np.linalg.norm(goal)
-        joint = Joint(_tasks(phi, np.zeros(n), sizes, 1.0))
-        level = sigma * np.sqrt(n / (tasks * min(sizes)))  # so that σ²/n becomes σ²/(M min n)
-        stop = stopping.rademacher_rule(joint.spectrum, level).eta
-        scaled = phi / np.sqrt(tasks * np.repeat(sizes, sizes))[:, None]
-        lam, u = np.linalg.eigh(scaled @ scaled.T)
-        share = 1 - np.exp(-(200 if broken else 1) * stop * lam)
-        smooth = (u * share) @ u.T
-        bias = ((scaled @ goal - smooth @ (scaled @ goal)) ** 2).sum()
-        noise = sigma**2 * (smooth**2 / (tasks * np.repeat(sizes, sizes))).sum()
-        worst = max(worst, (bias + noise) * stop / (1 / (2 * E) + 1 / (4 * E**2)))
-    return Verdict(bool(worst <= 1), f"the risk reaches {worst:.2f} of the bound")
-
-
-def shared_norm(broken: bool = False) -> Verdict:
-    """R² of one function for all tasks between ΣR_a²/(1±(M-1)c); a quarter of the cosine is too small for it."""
-    holds, ranges = True, []
-    for seed, common in product(range(12), (0.05, 0.2, 0.35)):
-        rng = np.random.default_rng(seed)
-        tasks, size = int(rng.integers(2, 4)), 3
-        spans = [np.linalg.qr(rng.standard_normal((60, size)))[0] for _ in range(tasks)]
-        shared = np.linalg.qr(rng.standard_normal((60, size)))[0]
-        phi = np.concatenate([((1 - common) * s + common**0.5 * shared).T for s in spans])
-        rows = _parts((size,) * tasks)
-        vectors = _tasks(phi, np.ones(size * tasks), (size,) * tasks, 1.0)
-        pairs = [(a, b) for a in range(tasks) for b in range(a)]
-        c = max(interference.principal_cosine(vectors, a, b) for a, b in pairs) / (4 if broken else 1)
-        k = phi @ phi.T
-        for g in (rng.standard_normal(len(k)), np.linalg.eigh(k)[1][:, 0], np.linalg.eigh(k)[1][:, -1]):
-            whole = g @ np.linalg.solve(k, g)
-            parts = [g[r] @ np.linalg.solve(k[np.ix_(r, r)], g[r]) for r in rows]
-            total, wide = sum(parts), (tasks - 1) * c
-            holds &= whole >= max(parts) * (1 - 1e-9) and whole >= total / (1 + wide) * (1 - 1e-9)
-            holds &= wide >= 1 or whole <= total / (1 - wide) * (1 + 1e-9)
-            ranges.append(whole / total)
-    return Verdict(bool(holds), f"R² is {min(ranges):.2f} to {max(ranges):.2f} of the sum over tasks")
-
-
-def gain(broken: bool = False) -> Verdict:
-    """R²ε̂² = (4e²σ²/n)Σmin(η̂λ, 1), not falling in R; the joint guarantee is below the blocks' if R² <= ΣR_a²."""
-    worst, holds = 0.0, True
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        phi = (rng.standard_normal((15, 9)) + 1) * np.arange(1, 10) ** -0.7
-        joint = Joint(_tasks(phi, np.ones(15), (5, 5, 5), 1.0))
-        together, apart, sigma, last = joint.spectrum, joint.separate_spectrum, 0.3, 0.0
-        for norm in (0.1, 0.5, 1.0, 4.0):
-            radius2 = together.critical_radius(sigma, norm) ** 2
-            active = np.minimum(together.eigenvalues / radius2, 1).sum()
-            value = norm**2 * radius2
-            worst = max(worst, abs(value / ((2 if broken else 4) * E**2 * sigma**2 / 15 * active) - 1))
-            holds &= value >= last * (1 - 1e-9) and value <= norm**2 * apart.critical_radius(
-                sigma, norm
-            ) ** 2 * (1 + 1e-9)
-            last = value
-    return Verdict(bool(holds and worst < 1e-9), f"identity to {worst:.0e}")
-
-
 def early_stops(broken: bool = False) -> Verdict:
     """The mean composition error of a quadratic over all signs of the noise, at the stops, against the bound; late it fails."""
     worst, n, sigma = 0.0, 5, 0.3
@@ -311,7 +201,7 @@ def early_stops(broken: bool = False) -> Verdict:
         phi = rng.standard_normal((2 * n, 12)) * np.r_[6.0, np.arange(1, 12) ** -1.0]
         goal, hessian, beta = np.eye(12)[0], np.eye(12), 1.0  # R = 1, along a direction that is soon learned
         fits, goals = [], []
-        for part in _parts((n, n)):
+        for part in task_rows((n, n)):
             left, root, right = np.linalg.svd(phi[part] / n**0.5, full_matrices=False)
             stop = stopping.rademacher_rule(Spectrum(root**2), sigma).eta * (1e6 if broken else 1)
             fits.append((right.T * (-np.expm1(-stop * root**2) / root)) @ left.T / n**0.5)
@@ -368,41 +258,6 @@ CLAIMS = (
         "In the tangent the disentanglement error is a separable quadratic; curvature changes its root by β times lengths.",
         "numeric",
         disentangled,
-    ),
-    Claim(
-        "lem-mt-peierls",
-        CHAPTER,
-        "For concave φ the sum of φ over the eigenvalues is at most that over the diagonal in any orthonormal basis.",
-        "numeric",
-        peierls,
-    ),
-    Claim(
-        "thm-mt-sharing",
-        CHAPTER,
-        "Sharing never raises the active dimension nor the critical radius, at the same norm.",
-        "numeric",
-        sharing,
-    ),
-    Claim(
-        "thm-mt-joint",
-        CHAPTER,
-        "Joint training stopped in time has a mean risk over tasks below (1/2e + 1/4e²)R²ε̂² of the joint kernel.",
-        "numeric",
-        joint_guarantee,
-    ),
-    Claim(
-        "prop-mt-norm",
-        CHAPTER,
-        "One function for all tasks has R² between ΣR_a²/(1+(M-1)c) and ΣR_a²/(1-(M-1)c).",
-        "numeric",
-        shared_norm,
-    ),
-    Claim(
-        "cor-mt-gain",
-        CHAPTER,
-        "If R² is at most ΣR_a², the joint guarantee is at most that of tasks that share nothing.",
-        "numeric",
-        gain,
     ),
     Claim(
         "prop-mt-early",
